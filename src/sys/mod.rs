@@ -1,0 +1,6 @@
+//! Layer 0: the few system calls that std lacks, as safe functions. The only folder with `unsafe`.
+#![allow(unsafe_code)]
+
+pub mod block;
+pub mod control;
+pub mod process;
