@@ -1,0 +1,47 @@
+//! Layer 1: bytes at addresses. What a pool lives on, and what it may rely on there.
+//!
+//! The contract, which the engine is written against and the simulated device enforces:
+//!
+//! 1. A write is *completed* when [`BlockDevice::write_at`] returns and *durable* when a later
+//!    [`BlockDevice::sync`] returns `Ok`.
+//! 2. After a crash each completed, not yet durable write is present, absent or torn at
+//!    [`SECTOR_SIZE`](crate::units::SECTOR_SIZE), independently of every other.
+//! 3. A failed sync leaves the state of those writes unknown for good: nobody retries it.
+//! 4. Addresses and lengths are multiples of [`BLOCK_SIZE`](crate::units::BLOCK_SIZE). Memory may
+//!    have any alignment; a device that needs aligned memory copies.
+
+use std::fmt::Debug;
+use std::io;
+
+mod bounce;
+mod content;
+mod file;
+mod sim;
+
+pub(crate) use bounce::BouncePool;
+pub use file::{FileDevice, OpenMode};
+pub use sim::{Fault, FaultOp, Repeat, SimCounts, SimDevice, SimReplay, SimTrace, SplitMix64};
+
+/// A device or file that holds a pool (or a journal). See the module for the contract.
+pub trait BlockDevice: Send + Sync + Debug {
+    /// Size in bytes, a multiple of the block size.
+    fn len(&self) -> u64;
+
+    /// True for a device without a single block.
+    fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
+    /// Fills `buf` from `addr`: whole or an error, never short. Bytes never written read as zero.
+    fn read_at(&self, addr: u64, buf: &mut [u8]) -> io::Result<()>;
+
+    /// Writes all of `data` at `addr`. Not durable before the next [`sync`](Self::sync).
+    fn write_at(&self, addr: u64, data: &[u8]) -> io::Result<()>;
+
+    /// Makes every completed write durable.
+    fn sync(&self) -> io::Result<()>;
+
+    /// Tells the host that `len` bytes at `addr` are not needed any more. Advisory: afterwards
+    /// they read as zeros or as anything else.
+    fn discard(&self, addr: u64, len: u64) -> io::Result<()>;
+}

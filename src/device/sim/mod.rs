@@ -1,0 +1,327 @@
+//! A device in memory that is as bad as the contract allows, and worse on request.
+//!
+//! It serves tests only, and lives here because it is the other implementation of the contract:
+//! what it does to writes that were not synced is the definition of what a pool must survive.
+//!
+//! Invariants:
+//!
+//! 1. Everything that happens follows from the seed, the calls and their order: no clock, no
+//!    threads, no other randomness.
+//! 2. Two images: *live*, what reads see, and *durable*, what is there after a crash; every
+//!    completed write that is in the first and not for certain in the second is *pending*.
+//! 3. A fork shares all pages and copies nothing.
+
+mod fault;
+mod image;
+mod rng;
+mod trace;
+
+use std::fmt;
+use std::io;
+
+use parking_lot::Mutex;
+
+use super::BlockDevice;
+use crate::sys::block;
+use crate::units::BLOCK_SIZE;
+
+pub use fault::{Fault, FaultOp, Repeat};
+pub use rng::SplitMix64;
+pub use trace::{SimReplay, SimTrace};
+
+use fault::Faults;
+use image::{Page, State};
+use trace::Event;
+
+/// Operations that a device was asked for, failed ones too.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct SimCounts {
+    /// Calls of `read_at`.
+    pub reads: u64,
+    /// Calls of `write_at`.
+    pub writes: u64,
+    /// Calls of `sync`.
+    pub syncs: u64,
+    /// Calls of `discard`.
+    pub discards: u64,
+}
+
+/// The simulated device.
+pub struct SimDevice {
+    /// Bytes, a multiple of the block size.
+    len: u64,
+    /// Everything else. Held during a whole operation.
+    inner: Mutex<Inner>,
+}
+
+struct Inner {
+    state: State,
+    rng: SplitMix64,
+    faults: Faults,
+    counts: SimCounts,
+    ignore_sync: bool,
+    trace: Option<SimTrace>,
+}
+
+impl SimDevice {
+    /// A device of `len` bytes of zeros, all durable. `seed` decides what faults do in detail.
+    pub fn new(len: u64, seed: u64) -> Self {
+        assert!(len.is_multiple_of(BLOCK_SIZE as u64), "len={len}");
+        Self::from_state(len, State::default(), seed)
+    }
+
+    /// The same device once more: contents and pending writes, but none of the faults, counts and
+    /// recordings. O(1) for each 256 KiB ever written, and copies no data.
+    pub fn fork(&self, seed: u64) -> Self {
+        Self::from_state(self.len, self.inner.lock().state.clone(), seed)
+    }
+
+    /// The device after a crash now: each pending write, independently, is there, is not, or is
+    /// torn at sectors; where they overlap any of them may have been the last.
+    pub fn crash(&self, seed: u64) -> Self {
+        let mut rng = SplitMix64::new(seed);
+        let image = self.inner.lock().state.crash(&mut rng);
+        Self::from_state(self.len, State::settled(image), rng.next())
+    }
+
+    /// The device after a crash that spared every pending write.
+    pub fn crash_all(&self) -> Self {
+        let image = self.inner.lock().state.live.clone();
+        Self::from_state(self.len, State::settled(image), 0)
+    }
+
+    /// The device after a crash that took every pending write.
+    pub fn crash_none(&self) -> Self {
+        let image = self.inner.lock().state.durable.clone();
+        Self::from_state(self.len, State::settled(image), 0)
+    }
+
+    /// Lets syncs say yes and make nothing durable, as a disk that lies does. A crash test that
+    /// passes all the same proves nothing.
+    pub fn ignore_sync(&self, on: bool) {
+        self.inner.lock().ignore_sync = on;
+    }
+
+    /// Makes the `nth` operation of kind `op` from now on (1: the next one) go wrong, and with
+    /// [`Repeat::Forever`] all behind it.
+    pub fn fail(&self, op: FaultOp, nth: u64, fault: Fault, repeat: Repeat) {
+        self.inner.lock().faults.plan(op, nth, fault, repeat);
+    }
+
+    /// Forgets all planned faults. What they did stays.
+    pub fn heal(&self) {
+        self.inner.lock().faults = Faults::default();
+    }
+
+    /// Flips one bit, counted from the lowest of the byte at `addr`, live and durable.
+    pub fn flip(&self, addr: u64, bit: u32) {
+        assert!(addr < self.len, "addr={addr}");
+        let inner = &mut *self.inner.lock();
+        assert!(
+            inner.trace.is_none(),
+            "damage is not part of a recorded history"
+        );
+        for image in [&mut inner.state.live, &mut inner.state.durable] {
+            image.flip(addr, bit);
+        }
+    }
+
+    /// How many operations there were.
+    pub fn counts(&self) -> SimCounts {
+        self.inner.lock().counts
+    }
+
+    /// Writes and discards that a crash now could take.
+    pub fn pending_len(&self) -> usize {
+        self.inner.lock().state.pending_len()
+    }
+
+    /// Starts to record all writes, discards and syncs, from the present state.
+    pub fn record(&self) {
+        let inner = &mut *self.inner.lock();
+        inner.trace = Some(SimTrace::new(self.len, inner.state.clone()));
+    }
+
+    /// Events recorded so far; 0 without [`record`](Self::record).
+    pub fn recorded(&self) -> usize {
+        self.inner.lock().trace.as_ref().map_or(0, SimTrace::len)
+    }
+
+    /// Ends the recording and returns it; empty without [`record`](Self::record).
+    pub fn take_trace(&self) -> SimTrace {
+        let inner = &mut *self.inner.lock();
+        let state = &inner.state;
+        inner
+            .trace
+            .take()
+            .unwrap_or_else(|| SimTrace::new(self.len, state.clone()))
+    }
+
+    fn from_state(len: u64, state: State, seed: u64) -> Self {
+        Self {
+            len,
+            inner: Mutex::new(Inner {
+                state,
+                rng: SplitMix64::new(seed),
+                faults: Faults::default(),
+                counts: SimCounts::default(),
+                ignore_sync: false,
+                trace: None,
+            }),
+        }
+    }
+
+    fn check_range(&self, addr: u64, len: u64) -> io::Result<()> {
+        let block = BLOCK_SIZE as u64;
+        assert!(
+            addr.is_multiple_of(block) && len.is_multiple_of(block),
+            "unaligned transfer addr={addr} len={len}"
+        );
+        match addr.checked_add(len) {
+            Some(end) if end <= self.len => Ok(()),
+            _ => Err(io::Error::new(
+                io::ErrorKind::InvalidInput,
+                "transfer behind the end of the device",
+            )),
+        }
+    }
+}
+
+impl Inner {
+    fn apply(&mut self, event: Event) {
+        self.state.apply(&event);
+        if let Some(trace) = &mut self.trace {
+            trace.push(event);
+        }
+    }
+
+    /// The block-aligned place where a misdirected transfer of `len` bytes goes.
+    fn elsewhere(&mut self, device_len: u64, len: u64) -> u64 {
+        let block = BLOCK_SIZE as u64;
+        self.rng.below((device_len - len) / block + 1) * block
+    }
+
+    fn read(&mut self, device_len: u64, addr: u64, buf: &mut [u8]) -> io::Result<()> {
+        self.counts.reads += 1;
+        match self.faults.next(FaultOp::Read) {
+            None => self.state.live.read(addr, buf),
+            Some(Fault::Io | Fault::NoSpace) => return Err(block::io_error()),
+            Some(Fault::Lost) => buf.fill(0),
+            Some(Fault::Misdirected) => {
+                let wrong = self.elsewhere(device_len, buf.len() as u64);
+                self.state.live.read(wrong, buf);
+            }
+            Some(Fault::Torn) => {
+                self.state.live.read(addr, buf);
+                let cut = self.rng.index(buf.len().max(1));
+                buf[cut..].fill(0);
+            }
+            Some(Fault::FlipBit) => {
+                self.state.live.read(addr, buf);
+                if !buf.is_empty() {
+                    buf[self.rng.index(buf.len())] ^= 1 << self.rng.below(8);
+                }
+            }
+        }
+        Ok(())
+    }
+
+    fn write(&mut self, device_len: u64, addr: u64, data: &[u8]) -> io::Result<()> {
+        self.counts.writes += 1;
+        let mut pages: Vec<Option<Page>> = data.chunks(BLOCK_SIZE).map(image::page).collect();
+        let mut addr = addr;
+        let fault = self.faults.next(FaultOp::Write);
+        match fault {
+            None => {}
+            Some(Fault::NoSpace) => return Err(block::no_space_error()),
+            Some(Fault::Lost) => return Ok(()),
+            Some(Fault::Misdirected) => addr = self.elsewhere(device_len, data.len() as u64),
+            // A write that failed may have reached the medium: wholly, in part, or not.
+            Some(Fault::Io) if self.rng.below(3) == 0 => return Err(block::io_error()),
+            Some(Fault::Io) if self.rng.below(2) == 0 => {}
+            Some(Fault::Io | Fault::Torn) => {
+                self.state.live.tear(addr, &mut pages, &mut self.rng);
+            }
+            Some(Fault::FlipBit) => {
+                let index = self.rng.index(pages.len().max(1));
+                if let Some(page) = pages.get_mut(index) {
+                    let byte = self.rng.index(BLOCK_SIZE);
+                    image::flip(page, byte, u32::try_from(self.rng.below(8)).unwrap_or(0));
+                }
+            }
+        }
+        self.apply(Event::Write { addr, pages });
+        match fault {
+            Some(Fault::Io) => Err(block::io_error()),
+            _ => Ok(()),
+        }
+    }
+
+    fn sync(&mut self) -> io::Result<()> {
+        self.counts.syncs += 1;
+        match self.faults.next(FaultOp::Sync) {
+            Some(Fault::Lost) => return Ok(()),
+            Some(fault) => {
+                // As host kernels do: the pages count as clean from now on, whatever reached the
+                // medium, and the next sync says yes.
+                let seed = self.rng.next();
+                self.apply(Event::FailedSync { seed });
+                return Err(match fault {
+                    Fault::NoSpace => block::no_space_error(),
+                    _ => block::io_error(),
+                });
+            }
+            None => {}
+        }
+        if !self.ignore_sync {
+            self.apply(Event::Sync);
+        }
+        Ok(())
+    }
+
+    fn discard(&mut self, addr: u64, len: u64) -> io::Result<()> {
+        self.counts.discards += 1;
+        match self.faults.next(FaultOp::Discard) {
+            Some(Fault::Lost) => return Ok(()),
+            Some(_) => return Err(block::io_error()),
+            None => {}
+        }
+        self.apply(Event::Discard { addr, len });
+        Ok(())
+    }
+}
+
+impl fmt::Debug for SimDevice {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        // Without the contents, which nobody can read, and without the lock.
+        write!(f, "SimDevice({} bytes)", self.len)
+    }
+}
+
+impl BlockDevice for SimDevice {
+    fn len(&self) -> u64 {
+        self.len
+    }
+
+    fn read_at(&self, addr: u64, buf: &mut [u8]) -> io::Result<()> {
+        self.check_range(addr, buf.len() as u64)?;
+        self.inner.lock().read(self.len, addr, buf)
+    }
+
+    fn write_at(&self, addr: u64, data: &[u8]) -> io::Result<()> {
+        self.check_range(addr, data.len() as u64)?;
+        self.inner.lock().write(self.len, addr, data)
+    }
+
+    fn sync(&self) -> io::Result<()> {
+        self.inner.lock().sync()
+    }
+
+    fn discard(&self, addr: u64, len: u64) -> io::Result<()> {
+        self.check_range(addr, len)?;
+        self.inner.lock().discard(addr, len)
+    }
+}
+
+#[cfg(test)]
+mod tests;
