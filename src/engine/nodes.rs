@@ -1,0 +1,91 @@
+//! Clean tree nodes: read from the device, checked, and kept in a bounded LRU cache.
+//!
+//! Invariants:
+//!
+//! 1. A cached node equals the block on the device. Dirty nodes live in `Meta`.
+//! 2. A block that becomes a node again passes through `Meta`'s dirty set, and [`put`] replaces
+//!    what the cache held for it, so a stale node is never found: [`get`] also compares the
+//!    checksum with the one the parent expects.
+//!
+//! [`put`]: NodeCache::put
+//! [`get`]: NodeCache::get
+
+use std::num::NonZeroUsize;
+use std::sync::Arc;
+
+use lru::LruCache;
+use parking_lot::Mutex;
+
+use crate::device::BlockDevice;
+use crate::error::{Error, Result};
+use crate::ondisk::extent::NodeRef;
+use crate::ondisk::node::{Node, TreeKind};
+use crate::units::BLOCK_SIZE;
+
+/// Shards of the cache, so that readers seldom meet.
+const SHARDS: usize = 8;
+
+/// The cache of clean nodes, and the way to the device behind it.
+#[derive(Debug)]
+pub(crate) struct NodeCache {
+    device: Arc<dyn BlockDevice>,
+    /// Identity of the pool, which every node carries.
+    pub(crate) pool: u64,
+    /// Nodes by block. Rank 7 in the lock order: nothing is locked while one is held.
+    shards: Vec<Mutex<LruCache<u64, Arc<Node>>>>,
+}
+
+impl NodeCache {
+    /// A cache of at most `nodes_max` nodes of the pool `pool` on `device`.
+    pub(crate) fn new(device: Arc<dyn BlockDevice>, pool: u64, nodes_max: usize) -> Self {
+        let each = NonZeroUsize::new(nodes_max / SHARDS).unwrap_or(NonZeroUsize::MIN);
+        let shards = (0..SHARDS)
+            .map(|_| Mutex::new(LruCache::new(each)))
+            .collect();
+        Self {
+            device,
+            pool,
+            shards,
+        }
+    }
+
+    fn shard(&self, block: u64) -> &Mutex<LruCache<u64, Arc<Node>>> {
+        &self.shards[(block as usize) % SHARDS]
+    }
+
+    /// The node at `at`, from the cache or the device.
+    pub(crate) fn get(&self, kind: TreeKind, level: u8, at: NodeRef) -> Result<Arc<Node>> {
+        if let Some(node) = self.shard(at.block).lock().get(&at.block)
+            && node.crc() == at.crc
+            && node.kind() == kind
+            && node.level() == level
+        {
+            return Ok(node.clone());
+        }
+        let mut page = Box::new([0; BLOCK_SIZE]);
+        let addr = at
+            .block
+            .checked_mul(BLOCK_SIZE as u64)
+            .filter(|addr| *addr < self.device.len());
+        let Some(addr) = addr else {
+            return Err(Error::corrupt(format!(
+                "tree node lies outside: block={}",
+                at.block
+            )));
+        };
+        self.device.read_at(addr, &mut page[..]).map_err(|source| {
+            Error::io(
+                format!("cannot read a tree node: block={}", at.block),
+                source,
+            )
+        })?;
+        let node = Arc::new(Node::verify(page, kind, level, at, self.pool)?);
+        self.put(node.clone());
+        Ok(node)
+    }
+
+    /// Keeps a node that was just read or written.
+    pub(crate) fn put(&self, node: Arc<Node>) {
+        self.shard(node.addr()).lock().put(node.addr(), node);
+    }
+}
