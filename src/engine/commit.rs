@@ -1,0 +1,214 @@
+//! Group commit: whoever needs durability becomes the leader, writes one batch for everybody
+//! who waits, flushes once, and answers them all.
+//!
+//! Invariants:
+//!
+//! 1. There is one leader at a time; only the leader takes batches and appends to the journal.
+//! 2. `durable` counts pushes to the stage, and never moves back. A waiter is answered `Ok` only
+//!    when everything pushed before it asked is durable.
+//! 3. After a failed write or sync nothing is ever answered `Ok` again: the pool is poisoned.
+//! 4. The cut of a checkpoint goes before everybody who waits: a leader steps down for it, and
+//!    nobody else leads. Whoever it left waiting is led for by the commit thread.
+
+use crate::error::{Error, Kind, Result};
+
+use super::pool::Pool;
+use super::waiters::Done;
+
+/// What a round of the leader came to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Round {
+    /// Everything up to this push is durable.
+    Durable(u64),
+    /// The journal has no room: a checkpoint must come first.
+    Full,
+}
+
+impl Pool {
+    /// Makes everything acknowledged so far durable: group commit of the journal.
+    ///
+    /// # Errors
+    /// `Poisoned` or `Io` if the device failed; what was not durable may be lost.
+    pub fn sync(&self) -> Result<()> {
+        let (sender, receiver) = std::sync::mpsc::channel();
+        self.sync_with(Box::new(move |outcome| {
+            if sender.send(outcome).is_err() {
+                log::debug!("nobody waits for a sync any more");
+            }
+        }));
+        receiver
+            .recv()
+            .unwrap_or_else(|_| Err(Error::new(Kind::Poisoned, "the pool was closed")))
+    }
+
+    /// As [`sync`](Self::sync), but calls `done` when it is: at once, or later on another thread.
+    pub fn sync_with(&self, done: Done) {
+        if let Err(error) = self.check_writable_or_read_only() {
+            return done(Err(error));
+        }
+        let pushed = self.stage.lock().pushed;
+        let mut state = self.commit.state.lock();
+        if state.durable >= pushed {
+            drop(state);
+            return done(Ok(()));
+        }
+        state.waiters.push((pushed, done));
+        if state.leader || state.cutting {
+            return; // whoever leads next answers
+        }
+        state.leader = true;
+        drop(state);
+        self.lead();
+    }
+
+    /// Works as the leader until nobody waits any more, or a checkpoint wants to lead.
+    fn lead(&self) {
+        loop {
+            match self.commit_round(false) {
+                Ok(Round::Durable(upto)) => {
+                    let (ready, more) = self.answer(upto, true);
+                    ready.into_iter().for_each(|done| done(Ok(())));
+                    if !more {
+                        return;
+                    }
+                }
+                Ok(Round::Full) => {
+                    self.step_down();
+                    // The checkpoint answers those who wait.
+                    self.request_checkpoint();
+                    return;
+                }
+                Err(error) => {
+                    self.fail_waiters(&error);
+                    return;
+                }
+            }
+        }
+    }
+
+    /// Takes a batch and appends it. The caller leads.
+    fn commit_round(&self, checkpoint: bool) -> Result<Round> {
+        self.check_poison()?;
+        let mut journal = self.journal.lock();
+        let mut stage = self.stage.lock();
+        if !journal.fits(stage.pending_bytes(), checkpoint) {
+            return Ok(Round::Full);
+        }
+        let batch = stage.take();
+        if checkpoint {
+            // The cut: everything up to here is in this checkpoint, nothing behind it.
+            stage.freeze(None);
+            stage.cut_attrs();
+        }
+        drop(stage);
+        if !batch.is_empty() {
+            let flushed = if batch.needs_flush {
+                self.device_sync()
+            } else {
+                Ok(())
+            };
+            let written = flushed.and_then(|()| journal.append(&batch));
+            written.inspect_err(|error| self.poison(error))?;
+        }
+        if journal.used() > journal.size() / 2 {
+            drop(journal);
+            self.wake_worker();
+        }
+        Ok(Round::Durable(batch.upto))
+    }
+
+    /// Moves `durable` and takes out the waiters it satisfies. With `resign` steps down if none
+    /// is left or a checkpoint waits (I4), else says that there is more to do.
+    fn answer(&self, upto: u64, resign: bool) -> (Vec<Done>, bool) {
+        let mut state = self.commit.state.lock();
+        assert!(state.leader && upto >= state.durable);
+        state.durable = upto;
+        let (ready, waiting): (Vec<_>, Vec<_>) = std::mem::take(&mut state.waiters)
+            .into_iter()
+            .partition(|(need, _)| *need <= upto);
+        state.waiters = waiting;
+        let yields = resign && state.cutting; // I4
+        let more = !state.waiters.is_empty() && !yields;
+        if resign && !more {
+            state.leader = false;
+            self.commit.free.notify_all();
+        }
+        (ready.into_iter().map(|(_, done)| done).collect(), more)
+    }
+
+    fn step_down(&self) {
+        self.commit.state.lock().leader = false;
+        self.commit.free.notify_all();
+    }
+
+    /// Answers everybody with an error. The pool is poisoned.
+    fn fail_waiters(&self, error: &Error) {
+        let mut state = self.commit.state.lock();
+        state.leader = false;
+        let waiters = std::mem::take(&mut state.waiters);
+        drop(state);
+        self.commit.free.notify_all();
+        waiters
+            .into_iter()
+            .for_each(|(_, done)| done(Err(error.duplicate())));
+    }
+
+    /// The cut of a checkpoint: commits everything pending, freezes the stage in the same
+    /// instant, and returns the sequence number and position of the first batch behind it.
+    /// The caller holds the gate, so that no metadata changes meanwhile.
+    pub(crate) fn commit_cut(&self) -> Result<(u64, u64)> {
+        let mut state = self.commit.state.lock();
+        state.cutting = true;
+        while state.leader {
+            self.commit.free.wait(&mut state);
+        }
+        state.leader = true;
+        state.cutting = false;
+        drop(state);
+        match self.commit_round(true) {
+            Ok(Round::Durable(upto)) => {
+                // Position before anybody else can lead: what follows belongs to the next one.
+                let position = self.journal.lock().position();
+                let (ready, more) = self.answer(upto, false);
+                self.step_down();
+                ready.into_iter().for_each(|done| done(Ok(())));
+                if more {
+                    self.wake_committer(); // I4
+                }
+                Ok(position)
+            }
+            Ok(Round::Full) => {
+                // What waits is bounded so that this cannot be (`Limits::pending_bytes`).
+                let error = Error::new(Kind::NoSpace, "the journal has no room for a checkpoint");
+                self.fail_waiters(&error);
+                Err(error)
+            }
+            Err(error) => {
+                self.fail_waiters(&error);
+                Err(error)
+            }
+        }
+    }
+
+    /// Leads for those who wait because the journal was full, or whom the cut of a checkpoint
+    /// left waiting.
+    pub(crate) fn commit_waiting(&self) {
+        let mut state = self.commit.state.lock();
+        if state.leader || state.cutting || state.waiters.is_empty() {
+            return;
+        }
+        state.leader = true;
+        drop(state);
+        self.lead();
+    }
+
+    /// Answers those who wait after the pool was poisoned elsewhere.
+    pub(crate) fn commit_failed(&self, error: &Error) {
+        let state = self.commit.state.lock();
+        if state.leader {
+            return; // the leader notices
+        }
+        drop(state);
+        self.fail_waiters(error);
+    }
+}

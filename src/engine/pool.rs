@@ -1,0 +1,333 @@
+//! The pool: what an open one consists of, its locks, its limits, and what happens when the
+//! device fails.
+//!
+//! Lock order; a thread takes them only downwards:
+//!
+//! | rank | lock | held for |
+//! |---|---|---|
+//! | 1 | `checkpointing` | one checkpoint |
+//! | 2 | `gate` | read: an operation that changes metadata; write: the cut of a checkpoint |
+//! | 3 | `file_locks` | read: writes of whole blocks; write: everything else on a file's contents |
+//! | 4 | `destaging` | one destage |
+//! | 5 | `meta` | the trees |
+//! | 6 | `journal` | the ring; its device I/O |
+//! | 7 | `stage` | staged blocks and the queue for the journal |
+//! | 8 | `commit`, `poison`, caches | single fields; nothing is taken while one is held |
+//!
+//! Invariants:
+//!
+//! 1. After a failed write or sync of the device nothing is acknowledged any more, and what
+//!    failed is not tried again: its state on the device is unknown (`device/mod.rs`, point 3).
+//! 2. Whatever changes metadata holds the gate, so that a checkpoint is the state of one instant.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use parking_lot::{Condvar, Mutex, RwLock, RwLockReadGuard, RwLockWriteGuard};
+
+use crate::device::{BlockDevice, BouncePool};
+use crate::error::{Error, Kind, Result};
+use crate::ondisk::superblock::{FLAG_CLEAN, FLAG_EXTERNAL_JOURNAL, SB_VERSION, Superblock};
+use crate::units::{BLOCK_SIZE, Ino};
+
+use super::cache::{BlockCache, Readers};
+
+use super::journal::Journal;
+use super::meta::Meta;
+use super::space::Counters;
+use super::stage::Stage;
+use super::types::{OpenOptions, PoolInfo, Usage};
+use super::waiters::Commit;
+
+/// Locks that files share by their inode number.
+const FILE_LOCKS: usize = 1024;
+
+/// What bounds the memory and the queues of an open pool.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Limits {
+    /// Bytes that may wait for the journal: an eighth of the ring less what headers and rounding
+    /// take. The quarter kept for checkpoints then holds such a batch, also one that skips the
+    /// end of the ring, which costs almost as much again. Whoever queues checks it under the
+    /// lock of the stage; a single operation on an empty queue is bounded by a sixteenth.
+    pub(crate) pending_bytes: usize,
+    /// Staged blocks above which writers wait for destage.
+    pub(crate) staged_blocks: usize,
+    /// Bytes of one step of a staged write: at least what is not written directly, so that an
+    /// aligned write is one step.
+    pub(crate) step_bytes: usize,
+    /// Dirty nodes above which a checkpoint is due.
+    pub(crate) dirty_nodes: usize,
+    /// Runs of changed reference counts above which a checkpoint is due.
+    pub(crate) delta_runs: usize,
+}
+
+/// What the background worker is asked to do.
+#[derive(Debug, Default)]
+pub(crate) struct Wake {
+    pub(crate) asked: bool,
+    pub(crate) checkpoint: bool,
+    /// The commit thread should lead for those who wait.
+    pub(crate) commit: bool,
+    pub(crate) stop: bool,
+}
+
+/// An open pool. See the module for its locks.
+#[derive(Debug)]
+pub struct Pool {
+    pub(crate) device: Arc<dyn BlockDevice>,
+    pub(crate) read_only: bool,
+    pub(crate) limits: Limits,
+    pub(crate) counters: Arc<Counters>,
+    pub(crate) cache: BlockCache,
+    /// Aligned memory for transfers of data.
+    pub(crate) buffers: BouncePool,
+    pub(crate) readers: Readers,
+    pub(crate) checkpointing: Mutex<()>,
+    pub(crate) gate: RwLock<()>,
+    file_locks: Vec<RwLock<()>>,
+    pub(crate) destaging: Mutex<()>,
+    pub(crate) meta: RwLock<Meta>,
+    pub(crate) journal: Mutex<Journal>,
+    pub(crate) stage: Mutex<Stage>,
+    pub(crate) commit: Commit,
+    /// The newest durable superblock. Rank 8.
+    pub(crate) superblock: Mutex<Superblock>,
+    poisoned: AtomicBool,
+    poison: Mutex<Option<String>>,
+    closed: AtomicBool,
+    /// Work for the background thread. Rank 8.
+    pub(crate) wake: Mutex<Wake>,
+    pub(crate) wake_signal: Condvar,
+    /// Signalled when staged blocks, journal or space became free.
+    pub(crate) relief: Condvar,
+    pub(crate) workers: Mutex<Vec<std::thread::JoinHandle<()>>>,
+    pub(crate) threaded: AtomicBool,
+}
+
+impl Pool {
+    /// Puts an open pool together from its parts; recovery calls it.
+    pub(crate) fn assemble(
+        device: Arc<dyn BlockDevice>,
+        journal: Journal,
+        meta: Meta,
+        superblock: Superblock,
+        options: &OpenOptions,
+    ) -> Self {
+        let limits = limits(options.cache_size, journal.size());
+        let counters = meta.space.counters.clone();
+        Self {
+            read_only: options.read_only,
+            limits,
+            cache: BlockCache::new((options.cache_size / 2) as usize / BLOCK_SIZE),
+            buffers: BouncePool::default(),
+            readers: Readers::default(),
+            checkpointing: Mutex::new(()),
+            gate: RwLock::new(()),
+            file_locks: (0..FILE_LOCKS).map(|_| RwLock::new(())).collect(),
+            destaging: Mutex::new(()),
+            stage: Mutex::new(Stage::new(counters.clone())),
+            counters,
+            meta: RwLock::new(meta),
+            journal: Mutex::new(journal),
+            commit: Commit::default(),
+            superblock: Mutex::new(superblock),
+            poisoned: AtomicBool::new(false),
+            poison: Mutex::new(None),
+            closed: AtomicBool::new(false),
+            wake: Mutex::new(Wake::default()),
+            wake_signal: Condvar::new(),
+            relief: Condvar::new(),
+            workers: Mutex::new(Vec::new()),
+            threaded: AtomicBool::new(false),
+            device,
+        }
+    }
+
+    /// Superblock facts.
+    pub fn info(&self) -> PoolInfo {
+        let journal_size = self.journal.lock().size();
+        PoolInfo {
+            journal_size,
+            ..info_of(&self.superblock.lock())
+        }
+    }
+
+    /// How full the pool is.
+    pub fn usage(&self) -> Usage {
+        const B: u64 = BLOCK_SIZE as u64;
+        let (total, free, logical, inodes) = {
+            let meta = self.meta.read();
+            let sizes = self.stage.lock().sizes();
+            // Files being written are larger (or smaller) than their records say.
+            let logical = sizes.into_iter().fold(meta.logical, |sum, (ino, size)| {
+                let old = meta.inode(ino).map_or(size, |inode| inode.size);
+                sum.wrapping_sub(old).wrapping_add(size)
+            });
+            (
+                meta.space.total(),
+                self.counters.free(),
+                logical,
+                meta.inodes,
+            )
+        };
+        let (journal_used, journal_size) = {
+            let journal = self.journal.lock();
+            (journal.used(), journal.size())
+        };
+        let staged = self.stage.lock().blocks() as u64;
+        Usage {
+            total: total * B,
+            used: (total - free) * B,
+            available: self.counters.available() * B,
+            reserve: self.counters.floor() * B,
+            staged: staged * B,
+            journal_used,
+            journal_size,
+            logical,
+            inodes,
+        }
+    }
+
+    /// Why writes are refused, if an earlier write or sync failed.
+    pub fn poisoned(&self) -> Option<String> {
+        self.poison.lock().clone()
+    }
+
+    /// Refuses everything from now on, because of `error`.
+    pub(crate) fn poison(&self, error: &Error) {
+        let mut poison = self.poison.lock();
+        if poison.is_none() {
+            let why = error.duplicate().to_string();
+            log::error!("the pool refuses writes from now on: {why}");
+            *poison = Some(why);
+        }
+        drop(poison);
+        self.poisoned.store(true, Ordering::SeqCst);
+        self.relief.notify_all();
+    }
+
+    /// Fails if an earlier write or sync failed.
+    pub(crate) fn check_poison(&self) -> Result<()> {
+        if !self.poisoned.load(Ordering::Relaxed) {
+            return Ok(());
+        }
+        let why = self.poison.lock().clone().unwrap_or_default();
+        Err(Error::new(
+            Kind::Poisoned,
+            format!(
+                "the pool refuses writes because an earlier one failed ({why}); look at its device, then mount it again"
+            ),
+        ))
+    }
+
+    /// Fails if the pool cannot be changed.
+    pub(crate) fn check_writable(&self) -> Result<()> {
+        if self.read_only {
+            return Err(Error::new(Kind::ReadOnly, "the pool is mounted read-only"));
+        }
+        self.check_open()?;
+        self.check_poison()
+    }
+
+    /// Fails if a sync cannot be answered: nothing is ever pending in a read-only pool.
+    pub(crate) fn check_writable_or_read_only(&self) -> Result<()> {
+        self.check_open()?;
+        self.check_poison()
+    }
+
+    fn check_open(&self) -> Result<()> {
+        if self.closed.load(Ordering::Relaxed) {
+            return Err(Error::new(Kind::Busy, "the pool was closed"));
+        }
+        Ok(())
+    }
+
+    /// Marks the pool closed; false if it was.
+    pub(crate) fn set_closed(&self) -> bool {
+        !self.closed.swap(true, Ordering::SeqCst)
+    }
+
+    /// Makes completed writes to the pool durable, or poisons it.
+    pub(crate) fn device_sync(&self) -> Result<()> {
+        let synced = self.device.sync();
+        synced.map_err(|source| {
+            let error = Error::io("cannot sync the pool", source);
+            self.poison(&error);
+            error
+        })
+    }
+
+    /// Writes whole blocks to the pool, or poisons it.
+    pub(crate) fn device_write(&self, block: u64, data: &[u8]) -> Result<()> {
+        let written = self.device.write_at(block * BLOCK_SIZE as u64, data);
+        written.map_err(|source| {
+            let error = Error::io(format!("cannot write to the pool: block={block}"), source);
+            self.poison(&error);
+            error
+        })
+    }
+
+    fn file_lock(&self, ino: Ino) -> &RwLock<()> {
+        &self.file_locks[ino.0 as usize % FILE_LOCKS]
+    }
+
+    /// Shares a file with other writers of whole blocks.
+    pub(crate) fn share_file(&self, ino: Ino) -> RwLockReadGuard<'_, ()> {
+        self.file_lock(ino).read()
+    }
+
+    /// Has a file for itself.
+    pub(crate) fn own_file(&self, ino: Ino) -> RwLockWriteGuard<'_, ()> {
+        self.file_lock(ino).write()
+    }
+
+    /// Has two files for itself. The second guard is missing if they share a lock.
+    pub(crate) fn own_files(
+        &self,
+        a: Ino,
+        b: Ino,
+    ) -> (RwLockWriteGuard<'_, ()>, Option<RwLockWriteGuard<'_, ()>>) {
+        let (low, high) = (a.0 as usize % FILE_LOCKS, b.0 as usize % FILE_LOCKS);
+        if low == high {
+            return (self.file_locks[low].write(), None);
+        }
+        let (low, high) = (low.min(high), low.max(high));
+        let first = self.file_locks[low].write();
+        (first, Some(self.file_locks[high].write()))
+    }
+
+    /// True if background threads do destage and checkpoints.
+    pub(crate) fn is_threaded(&self) -> bool {
+        self.threaded.load(Ordering::Relaxed)
+    }
+}
+
+/// Facts of a superblock. The size of an external journal is that of its ring.
+pub(crate) fn info_of(sb: &Superblock) -> PoolInfo {
+    PoolInfo {
+        uuid: sb.uuid,
+        version: SB_VERSION,
+        size: sb.blocks * BLOCK_SIZE as u64,
+        journal_size: sb.journal_blocks * BLOCK_SIZE as u64,
+        journal_external: sb.flags & FLAG_EXTERNAL_JOURNAL != 0,
+        generation: sb.generation,
+        clean: sb.flags & FLAG_CLEAN != 0,
+        created: sb.created,
+    }
+}
+
+/// Splits `cache_size` (bytes): half for blocks, a quarter for clean nodes, an eighth for dirty
+/// nodes, an eighth for the stage and at least 1 MiB of it. Changed reference counts, 64 bytes for
+/// each run of blocks, take up to a thirty-second in addition.
+fn limits(cache_size: u64, journal_size: u64) -> Limits {
+    const MIB: u64 = 1024 * 1024;
+    let pending = (journal_size / 8 - 4 * BLOCK_SIZE as u64).min(32 * MIB);
+    let staged = (cache_size / 8).min(journal_size).max(MIB) / BLOCK_SIZE as u64;
+    Limits {
+        pending_bytes: pending as usize,
+        staged_blocks: staged as usize,
+        step_bytes: (pending / 4).clamp(64 * 1024, MIB) as usize,
+        dirty_nodes: (cache_size / 8 / BLOCK_SIZE as u64).max(512) as usize,
+        delta_runs: (cache_size / 32 / 64).max(4096) as usize,
+    }
+}
