@@ -1,0 +1,264 @@
+//! Checkpoint: all trees durable, as of one instant; then the superblock flips, the journal is
+//! free, and so are the blocks that this generation dropped.
+//!
+//! The order, and why:
+//!
+//! 1. Most of the stage is destaged, and most reference counts are merged, while everything goes
+//!    on.
+//! 2. The gate closes: no operation that changes metadata is under way. The cut commits what is
+//!    pending and freezes the stage in one instant. What is written later is in later batches.
+//! 3. The frozen rest is destaged, sizes and times are folded into the inodes, reference counts
+//!    merged, nodes sealed. Now the trees are the state at the cut. The gate opens.
+//! 4. Nodes are written; the device is synced, data included; the superblock is written to the
+//!    slot that is not the newest; the device is synced again. That is the flip.
+//! 5. The journal is trimmed; blocks that this generation freed become free, and are given back
+//!    to the host afterwards (`discard.rs`).
+//!
+//! A crash before the flip finds the old superblock, whose trees are untouched, because nothing
+//! they refer to is free before step 5.
+
+use std::collections::{BTreeMap, HashMap};
+use std::sync::Arc;
+
+use crate::error::{Error, Result};
+use crate::ondisk::extent::{Root, encode_group};
+use crate::ondisk::node::{Node, TreeKind};
+use crate::ondisk::superblock::{FLAG_CLEAN, SLOTS, Superblock};
+use crate::units::{BLOCK_SIZE, Ino};
+
+use super::meta::Meta;
+use super::pool::Pool;
+
+/// Runs of reference counts merged under one hold of the trees.
+const MERGE_STEP: usize = 512;
+/// Blocks of one write of nodes: 1 MiB.
+const WRITE_BLOCKS: usize = 256;
+/// Bitmaps kept in memory: 1024 of them are 4 MiB and cover 128 GiB.
+const BITMAPS_MAX: usize = 1024;
+
+impl Pool {
+    /// Destages everything and writes a checkpoint, which frees the journal.
+    ///
+    /// # Errors
+    /// `Io` or `Poisoned` if the device failed.
+    pub fn checkpoint(&self) -> Result<()> {
+        self.check_writable()?;
+        self.checkpoint_as(false)
+    }
+
+    /// Writes a checkpoint; `clean` marks the pool as closed.
+    pub(crate) fn checkpoint_as(&self, clean: bool) -> Result<()> {
+        self.check_poison()?;
+        let done = {
+            let _one = self.checkpointing.lock();
+            self.write_checkpoint(clean)
+                .inspect_err(|error| self.poison(error))
+        };
+        self.relief.notify_all();
+        match &done {
+            Ok(()) => self.commit_waiting(),
+            Err(error) => self.commit_failed(error),
+        }
+        if done.is_ok() && !self.is_threaded() {
+            while self.discard_some()? {}
+        }
+        done
+    }
+
+    fn write_checkpoint(&self, clean: bool) -> Result<()> {
+        self.destage_all()?;
+        self.merge_most()?;
+        let gate = self.gate.write();
+        // Nobody else destages across the cut: what it mapped could be of either side.
+        let destaging = self.destaging.lock();
+        let (seq, pos) = self.commit_cut()?;
+        self.destage_frozen()?;
+        self.fold_attrs()?;
+        self.merge()?;
+        let (mut superblock, nodes) = {
+            let mut meta = self.meta.write();
+            meta.seal_all()?;
+            let mut sb = self.superblock.lock().clone();
+            meta.describe(&mut sb);
+            (sb, meta.next_generation())
+        };
+        drop((destaging, gate));
+        superblock.journal_seq = seq;
+        superblock.journal_pos = pos;
+        superblock.flags = superblock.flags & !FLAG_CLEAN | if clean { FLAG_CLEAN } else { 0 };
+        self.write_nodes(&nodes)?;
+        drop(nodes);
+        self.device_sync()?;
+        self.flip(superblock)?;
+        self.journal.lock().trim(seq);
+        self.release();
+        Ok(())
+    }
+
+    /// Sizes and times as of the cut go into the inode records.
+    fn fold_attrs(&self) -> Result<()> {
+        let inos = self.stage.lock().inos();
+        for ino in inos {
+            let mut meta = self.meta.write();
+            let mut stage = self.stage.lock();
+            let Some(attr) = stage.file_mut(ino).and_then(|file| file.cut_attr.take()) else {
+                continue;
+            };
+            drop(stage);
+            let mut inode = meta.inode(ino)?;
+            (inode.size, inode.mtime, inode.ctime) = (attr.size, attr.mtime, attr.ctime);
+            meta.put_inode(ino, &inode)?;
+        }
+        self.stage.lock().sweep();
+        Ok(())
+    }
+
+    /// Merges the reference counts that changed up to now.
+    fn merge_most(&self) -> Result<()> {
+        let rounds = self.meta.read().space.delta.len() / MERGE_STEP;
+        for _ in 0..rounds {
+            if !self.meta.write().merge_refs(MERGE_STEP)? {
+                break;
+            }
+        }
+        Ok(())
+    }
+
+    /// Merges reference counts and group records until nothing changes any more: storing them
+    /// allocates nodes, which changes them again, but each node is shadowed once only.
+    fn merge(&self) -> Result<()> {
+        loop {
+            while self.meta.write().merge_refs(MERGE_STEP)? {}
+            let mut meta = self.meta.write();
+            if !meta.store_groups()? && meta.space.delta.is_empty() {
+                return Ok(());
+            }
+        }
+    }
+
+    fn write_nodes(&self, nodes: &HashMap<u64, Arc<Node>>) -> Result<()> {
+        let sorted: BTreeMap<u64, &Arc<Node>> =
+            nodes.iter().map(|(at, node)| (*at, node)).collect();
+        let mut buffer: Vec<u8> = Vec::new();
+        let mut first = 0;
+        for (block, node) in sorted {
+            let count = (buffer.len() / BLOCK_SIZE) as u64;
+            if count > 0 && (first + count != block || count as usize == WRITE_BLOCKS) {
+                self.device_write(first, &buffer)?;
+                buffer.clear();
+            }
+            if buffer.is_empty() {
+                first = block;
+            }
+            buffer.extend_from_slice(&node.page()[..]);
+        }
+        if !buffer.is_empty() {
+            self.device_write(first, &buffer)?;
+        }
+        Ok(())
+    }
+
+    /// Makes `superblock` the newest one.
+    fn flip(&self, superblock: Superblock) -> Result<()> {
+        let slot = superblock.generation % SLOTS;
+        let page = superblock.encode();
+        self.device_write(slot, &page[..])?;
+        self.device_sync()?;
+        // The copy is for a pool that lost both slots; it need not be durable now.
+        self.device_write(superblock.end_block() + slot, &page[..])?;
+        *self.superblock.lock() = superblock;
+        Ok(())
+    }
+
+    /// What the flipped generation freed may be allocated again.
+    fn release(&self) {
+        self.meta.write().written();
+        self.readers.wait(); // I3 of the cache
+        let mut meta = self.meta.write();
+        meta.space.release();
+        let generation = meta.generation;
+        meta.space.trim(BITMAPS_MAX, generation);
+    }
+}
+
+impl Meta {
+    /// Stores the changed group records. True if any was changed.
+    fn store_groups(&mut self) -> Result<bool> {
+        let mut any = false;
+        while let Some((group, free)) = self.space.next_changed() {
+            any = true;
+            let mut root = self.groups;
+            let key = u128::from(group);
+            let stored = self.insert(&mut root, TreeKind::Groups, key, &encode_group(free));
+            self.groups = root;
+            stored?;
+        }
+        Ok(any)
+    }
+
+    /// Seals all dirty nodes. Extent maps come first, because inode records hold their roots.
+    fn seal_all(&mut self) -> Result<()> {
+        let mut sealed = HashMap::new();
+        for ino in self.changed_files.clone() {
+            let mut inode = self.inode(Ino(ino))?;
+            self.seal(&mut inode.root, &mut sealed)?;
+            self.put_inode(Ino(ino), &inode)?;
+        }
+        if self.detached_dirty {
+            for (id, mut root) in self.all_detached()? {
+                let before: Root = root;
+                self.seal(&mut root, &mut sealed)?;
+                if root != before {
+                    self.put_detached(id, root)?;
+                }
+            }
+        }
+        // Those records were changed in this generation, so storing them allocated nothing.
+        assert!(
+            self.space.delta.is_empty(),
+            "sealing must not change reference counts"
+        );
+        for kind in [
+            TreeKind::Sums,
+            TreeKind::Groups,
+            TreeKind::Refs,
+            TreeKind::Namespace,
+        ] {
+            let mut root = *self.root_mut(kind);
+            self.seal(&mut root, &mut sealed)?;
+            *self.root_mut(kind) = root;
+        }
+        if sealed.len() != self.dirty_count() {
+            return Err(Error::corrupt(format!(
+                "dirty nodes are not reachable: dirty={} sealed={}",
+                self.dirty_count(),
+                sealed.len()
+            )));
+        }
+        Ok(())
+    }
+
+    fn root_mut(&mut self, kind: TreeKind) -> &mut Root {
+        match kind {
+            TreeKind::Namespace => &mut self.namespace,
+            TreeKind::Refs => &mut self.refs,
+            TreeKind::Sums => &mut self.sums,
+            TreeKind::Groups => &mut self.groups,
+            TreeKind::Extents => unreachable!("each file has its own"),
+        }
+    }
+
+    /// Writes the trees of this generation into a superblock.
+    fn describe(&self, sb: &mut Superblock) {
+        sb.generation = self.generation;
+        sb.next_ino = self.next_ino;
+        sb.next_detached = self.next_detached;
+        sb.inodes = self.inodes;
+        sb.logical = self.logical;
+        sb.free = self.space.free_after();
+        sb.namespace = self.namespace;
+        sb.refs = self.refs;
+        sb.sums = self.sums;
+        sb.groups = self.groups;
+    }
+}
