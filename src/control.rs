@@ -1,0 +1,617 @@
+//! The control channel: what the command line asks of a mounted pool, by one ioctl on any open
+//! file or directory of the mount.
+//!
+//! The payload is 8 KiB both ways: UTF-8 JSON, padded with NULs. A request is an object with `op`;
+//! the answer is `{"ok":{...}}` or `{"error":{"kind":"Exists","message":"..."}}`.
+//!
+//! A clone names its source by a *token*, which is given out on an open source: having opened it
+//! proves the right to read it. The destination is the open directory that the ioctl is made on.
+//!
+//! Decoding is total: any bytes give a value or an error.
+
+use std::os::fd::BorrowedFd;
+
+use serde_json::{Map, Value, json};
+
+use crate::engine::{FileUsage, Usage};
+use crate::error::{Error, Kind, Result};
+use crate::sys;
+
+/// Bytes of the payload, both ways.
+pub const PAYLOAD_BYTES: usize = 8192;
+
+/// Number of the ioctl: `_IOWR('N', 1, [u8; 8192])`. Read and write, the size, a letter, 1.
+pub const CONTROL: u32 = 3 << 30 | (PAYLOAD_BYTES as u32) << 16 | (b'N' as u32) << 8 | 1;
+
+/// Most clones that one request makes.
+pub const CLONES_MAX: u32 = 100_000;
+
+/// Longest message of an error that is sent, in bytes: what is left of the payload holds the rest
+/// even if every byte is escaped.
+const MESSAGE_BYTES_MAX: usize = 1024;
+
+/// Proof that a file or directory was opened, for a minute.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct Token(pub [u8; 16]);
+
+/// What is asked.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Request {
+    /// Facts of the pool and of the daemon.
+    Info,
+    /// A token for the open file or directory.
+    Token,
+    /// Clones `source` into the open directory.
+    Clone {
+        /// What to clone.
+        source: Token,
+        /// Name of the clone; `{}` in it is the number of the clone where `count` is given.
+        name: String,
+        /// How many, numbered from 1. `None`: one, with `name` as it is.
+        count: Option<u32>,
+        /// Keeps owner and group of the source. Else the clones are the caller's.
+        preserve: bool,
+    },
+    /// What the open file uses.
+    Usage,
+    /// Writes a checkpoint.
+    Checkpoint,
+}
+
+/// Facts of a mounted pool.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Info {
+    /// Process of the daemon.
+    pub pid: u32,
+    /// Absolute path of the pool.
+    pub pool: String,
+    /// Identity of the pool.
+    pub uuid: [u8; 16],
+    /// Version of its on-disk format.
+    pub version: u32,
+    /// Why writes are refused, if a write or sync failed.
+    pub poisoned: Option<String>,
+    /// How full it is.
+    pub usage: Usage,
+}
+
+/// What is answered, per request.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Response {
+    /// To [`Request::Info`].
+    Info(Box<Info>),
+    /// To [`Request::Token`].
+    Token(Token),
+    /// To [`Request::Clone`]: how many were made.
+    Clones(u32),
+    /// To [`Request::Usage`].
+    Usage(FileUsage),
+    /// To [`Request::Checkpoint`].
+    Done,
+}
+
+/// Asks the daemon behind `file`, an open file or directory of a mount. Its errors come back as
+/// they were there; [`Kind::Unsupported`] if there is no nodupe daemon behind it.
+pub fn call(file: BorrowedFd<'_>, request: &Request) -> Result<Response> {
+    if *request == Request::Token {
+        // What a mapping of the source changed is still with the kernel. A directory has none.
+        sys::control::write_back(file);
+    }
+    let mut payload = request.encode()?;
+    sys::control::control(file, CONTROL, &mut payload).map_err(|error| {
+        if sys::control::is_unknown(&error) {
+            Error::new(
+                Kind::Unsupported,
+                "this is not in a mounted nodupe datastore: give a path below the mount",
+            )
+        } else {
+            Error::io("the daemon of the datastore does not answer", error)
+        }
+    })?;
+    Response::decode(request, &payload[..])
+}
+
+impl Request {
+    /// The payload to send.
+    pub fn encode(&self) -> Result<Box<[u8; PAYLOAD_BYTES]>> {
+        pad(&match self {
+            Request::Info => json!({"op": "info"}),
+            Request::Token => json!({"op": "token"}),
+            Request::Clone {
+                source,
+                name,
+                count,
+                preserve,
+            } => json!({
+                "op": "clone",
+                "source": to_hex(&source.0),
+                "name": name,
+                "count": count,
+                "preserve": preserve,
+            }),
+            Request::Usage => json!({"op": "usage"}),
+            Request::Checkpoint => json!({"op": "checkpoint"}),
+        })
+    }
+
+    /// The request that was sent.
+    pub fn decode(payload: &[u8]) -> Result<Self> {
+        let object = Object::parse(payload)?;
+        match object.text("op")? {
+            "info" => Ok(Request::Info),
+            "token" => Ok(Request::Token),
+            "clone" => Ok(Request::Clone {
+                source: Token(object.hex("source")?),
+                name: object.text("name")?.to_owned(),
+                count: object.optional_u32("count")?,
+                preserve: object.flag("preserve")?,
+            }),
+            "usage" => Ok(Request::Usage),
+            "checkpoint" => Ok(Request::Checkpoint),
+            _ => Err(Error::new(
+                Kind::Unsupported,
+                "the daemon does not know this request: use the same version of nodupe for both",
+            )),
+        }
+    }
+}
+
+impl Response {
+    /// The payload that answers with `result`.
+    pub fn encode(result: &Result<Response>) -> Box<[u8; PAYLOAD_BYTES]> {
+        let value = match result {
+            Ok(response) => json!({ "ok": response.to_value() }),
+            Err(error) => error_value(error),
+        };
+        // Everything but the path of the pool has a bounded length.
+        pad(&value)
+            .or_else(|error| pad(&error_value(&error)))
+            .unwrap_or_else(|_| Box::new([0; PAYLOAD_BYTES]))
+    }
+
+    /// The answer to `request`, or the error that was the answer.
+    pub fn decode(request: &Request, payload: &[u8]) -> Result<Self> {
+        let object = Object::parse(payload)?;
+        if let Some(error) = object.0.get("error") {
+            let error = Object::of(error)?;
+            let kind = kind_from_name(error.text("kind")?).unwrap_or(Kind::Io);
+            return Err(Error::new(kind, error.text("message")?));
+        }
+        let ok = Object::of(object.field("ok")?)?;
+        Ok(match request {
+            Request::Info => Response::Info(Box::new(Info {
+                pid: ok.number("pid")?,
+                pool: ok.text("pool")?.to_owned(),
+                uuid: ok.hex("uuid")?,
+                version: ok.number("version")?,
+                poisoned: ok.optional_text("poisoned")?,
+                usage: usage_from(&Object::of(ok.field("usage")?)?)?,
+            })),
+            Request::Token => Response::Token(Token(ok.hex("token")?)),
+            Request::Clone { .. } => Response::Clones(ok.number("clones")?),
+            Request::Usage => Response::Usage(FileUsage {
+                size: ok.number("size")?,
+                mapped: ok.number("mapped")?,
+                exclusive: ok.number("exclusive")?,
+                extents: ok.number("extents")?,
+            }),
+            Request::Checkpoint => Response::Done,
+        })
+    }
+
+    fn to_value(&self) -> Value {
+        match self {
+            Response::Info(info) => json!({
+                "pid": info.pid,
+                "pool": info.pool,
+                "uuid": to_hex(&info.uuid),
+                "version": info.version,
+                "poisoned": info.poisoned.as_deref().map(|why| cut(why, MESSAGE_BYTES_MAX)),
+                "usage": usage_value(&info.usage),
+            }),
+            Response::Token(token) => json!({"token": to_hex(&token.0)}),
+            Response::Clones(clones) => json!({ "clones": clones }),
+            Response::Usage(usage) => {
+                let FileUsage {
+                    size,
+                    mapped,
+                    exclusive,
+                    extents,
+                } = usage;
+                json!({"size": size, "mapped": mapped, "exclusive": exclusive, "extents": extents})
+            }
+            Response::Done => json!({}),
+        }
+    }
+}
+
+/// Names of `count` clones: `{}` in `name` becomes the number from 1, as wide as the last one.
+/// Without a count the one name is `name` itself.
+pub fn clone_names(name: &str, count: Option<u32>) -> Result<Vec<Vec<u8>>> {
+    let Some(count) = count else {
+        return Ok(vec![name.as_bytes().to_vec()]);
+    };
+    if count == 0 || count > CLONES_MAX {
+        return Err(Error::new(
+            Kind::Invalid,
+            format!("a clone is made 1 to {CLONES_MAX} times: count={count}"),
+        ));
+    }
+    if !name.contains("{}") {
+        if count > 1 {
+            return Err(Error::new(
+                Kind::Invalid,
+                "several clones need a {} in their name, for the number",
+            ));
+        }
+        return Ok(vec![name.as_bytes().to_vec()]);
+    }
+    Ok((1..=count)
+        .map(|number| name.replace("{}", &number.to_string()).into_bytes())
+        .collect())
+}
+
+/// Every kind of error.
+const KINDS: [Kind; 21] = [
+    Kind::NotFound,
+    Kind::Exists,
+    Kind::Invalid,
+    Kind::TooLarge,
+    Kind::NameTooLong,
+    Kind::NotDirectory,
+    Kind::IsDirectory,
+    Kind::NotEmpty,
+    Kind::NotPermitted,
+    Kind::Denied,
+    Kind::TooManyLinks,
+    Kind::NoAttribute,
+    Kind::Range,
+    Kind::NoSuchOffset,
+    Kind::Unsupported,
+    Kind::Busy,
+    Kind::NoSpace,
+    Kind::ReadOnly,
+    Kind::Corrupt,
+    Kind::Io,
+    Kind::Poisoned,
+];
+
+/// Name of a kind of error on the channel.
+pub fn kind_name(kind: Kind) -> &'static str {
+    match kind {
+        Kind::NotFound => "NotFound",
+        Kind::Exists => "Exists",
+        Kind::Invalid => "Invalid",
+        Kind::TooLarge => "TooLarge",
+        Kind::NameTooLong => "NameTooLong",
+        Kind::NotDirectory => "NotDirectory",
+        Kind::IsDirectory => "IsDirectory",
+        Kind::NotEmpty => "NotEmpty",
+        Kind::NotPermitted => "NotPermitted",
+        Kind::Denied => "Denied",
+        Kind::TooManyLinks => "TooManyLinks",
+        Kind::NoAttribute => "NoAttribute",
+        Kind::Range => "Range",
+        Kind::NoSuchOffset => "NoSuchOffset",
+        Kind::Unsupported => "Unsupported",
+        Kind::Busy => "Busy",
+        Kind::NoSpace => "NoSpace",
+        Kind::ReadOnly => "ReadOnly",
+        Kind::Corrupt => "Corrupt",
+        Kind::Io => "Io",
+        Kind::Poisoned => "Poisoned",
+    }
+}
+
+/// The kind of error of that name.
+pub fn kind_from_name(name: &str) -> Option<Kind> {
+    KINDS.into_iter().find(|&kind| kind_name(kind) == name)
+}
+
+fn error_value(error: &Error) -> Value {
+    let mut message = error.to_string();
+    let mut source = std::error::Error::source(error);
+    while let Some(cause) = source {
+        message = format!("{message}: {cause}");
+        source = cause.source();
+    }
+    json!({"error": {
+        "kind": kind_name(error.kind()),
+        "message": cut(&message, MESSAGE_BYTES_MAX),
+    }})
+}
+
+fn usage_value(usage: &Usage) -> Value {
+    let Usage {
+        total,
+        used,
+        available,
+        reserve,
+        staged,
+        journal_used,
+        journal_size,
+        logical,
+        inodes,
+    } = usage;
+    json!({
+        "total": total,
+        "used": used,
+        "available": available,
+        "reserve": reserve,
+        "staged": staged,
+        "journal_used": journal_used,
+        "journal_size": journal_size,
+        "logical": logical,
+        "inodes": inodes,
+    })
+}
+
+fn usage_from(object: &Object<'_>) -> Result<Usage> {
+    Ok(Usage {
+        total: object.number("total")?,
+        used: object.number("used")?,
+        available: object.number("available")?,
+        reserve: object.number("reserve")?,
+        staged: object.number("staged")?,
+        journal_used: object.number("journal_used")?,
+        journal_size: object.number("journal_size")?,
+        logical: object.number("logical")?,
+        inodes: object.number("inodes")?,
+    })
+}
+
+/// `text`, or as much of it as `bytes` hold.
+fn cut(text: &str, bytes: usize) -> &str {
+    let mut end = text.len().min(bytes);
+    while !text.is_char_boundary(end) {
+        end -= 1;
+    }
+    &text[..end]
+}
+
+fn pad(value: &Value) -> Result<Box<[u8; PAYLOAD_BYTES]>> {
+    let text = value.to_string();
+    let mut payload = Box::new([0; PAYLOAD_BYTES]);
+    match payload.get_mut(..text.len()) {
+        Some(start) => start.copy_from_slice(text.as_bytes()),
+        None => {
+            return Err(Error::new(
+                Kind::TooLarge,
+                format!(
+                    "the names in it are too long for one request: length={}",
+                    text.len()
+                ),
+            ));
+        }
+    }
+    Ok(payload)
+}
+
+fn to_hex(bytes: &[u8]) -> String {
+    bytes.iter().map(|byte| format!("{byte:02x}")).collect()
+}
+
+fn from_hex(text: &str) -> Option<[u8; 16]> {
+    // Signs are no digits, though the parser of numbers takes them.
+    if text.len() != 32 || !text.bytes().all(|byte| byte.is_ascii_hexdigit()) {
+        return None;
+    }
+    let number = u128::from_str_radix(text, 16).ok()?;
+    let mut bytes = [0; 16];
+    for (index, byte) in bytes.iter_mut().enumerate() {
+        // The cast keeps the low eight bits: the first byte is the highest.
+        *byte = (number >> (8 * (15 - index))) as u8;
+    }
+    Some(bytes)
+}
+
+/// The fields of a JSON object, borrowed or just parsed.
+struct Object<'a>(std::borrow::Cow<'a, Map<String, Value>>);
+
+impl<'a> Object<'a> {
+    fn parse(payload: &[u8]) -> Result<Object<'static>> {
+        let text = payload.split(|&byte| byte == 0).next().unwrap_or(&[]);
+        match serde_json::from_slice(text) {
+            Ok(Value::Object(fields)) => Ok(Object(std::borrow::Cow::Owned(fields))),
+            _ => Err(malformed("the payload")),
+        }
+    }
+
+    fn of(value: &'a Value) -> Result<Self> {
+        value
+            .as_object()
+            .map(|fields| Object(std::borrow::Cow::Borrowed(fields)))
+            .ok_or_else(|| malformed("an object"))
+    }
+
+    fn field(&self, name: &str) -> Result<&Value> {
+        self.0.get(name).ok_or_else(|| malformed(name))
+    }
+
+    fn text(&self, name: &str) -> Result<&str> {
+        self.field(name)?.as_str().ok_or_else(|| malformed(name))
+    }
+
+    fn optional_text(&self, name: &str) -> Result<Option<String>> {
+        match self.0.get(name) {
+            None | Some(Value::Null) => Ok(None),
+            Some(_) => Ok(Some(self.text(name)?.to_owned())),
+        }
+    }
+
+    fn number<T: TryFrom<u64>>(&self, name: &str) -> Result<T> {
+        self.field(name)?
+            .as_u64()
+            .and_then(|number| T::try_from(number).ok())
+            .ok_or_else(|| malformed(name))
+    }
+
+    fn optional_u32(&self, name: &str) -> Result<Option<u32>> {
+        match self.0.get(name) {
+            None | Some(Value::Null) => Ok(None),
+            Some(_) => self.number(name).map(Some),
+        }
+    }
+
+    fn flag(&self, name: &str) -> Result<bool> {
+        match self.0.get(name) {
+            None => Ok(false),
+            Some(value) => value.as_bool().ok_or_else(|| malformed(name)),
+        }
+    }
+
+    fn hex(&self, name: &str) -> Result<[u8; 16]> {
+        from_hex(self.text(name)?).ok_or_else(|| malformed(name))
+    }
+}
+
+fn malformed(what: &str) -> Error {
+    Error::new(
+        Kind::Invalid,
+        format!("not a message of the control channel: field={what}"),
+    )
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const TOKEN: Token = Token([0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 255]);
+
+    fn requests() -> Vec<Request> {
+        vec![
+            Request::Info,
+            Request::Token,
+            Request::Clone {
+                source: TOKEN,
+                name: "vm-{} \"quoted\" \u{1f4be}.raw".to_owned(),
+                count: Some(12),
+                preserve: true,
+            },
+            Request::Clone {
+                source: TOKEN,
+                name: "vm".to_owned(),
+                count: None,
+                preserve: false,
+            },
+            Request::Usage,
+            Request::Checkpoint,
+        ]
+    }
+
+    #[test]
+    fn the_number_is_that_of_the_header_files() {
+        assert_eq!(CONTROL, 0xe000_4e01);
+    }
+
+    #[test]
+    fn requests_come_back() {
+        for request in requests() {
+            let payload = request.encode().unwrap();
+            assert_eq!(Request::decode(&payload[..]).unwrap(), request);
+        }
+    }
+
+    #[test]
+    fn responses_come_back() {
+        let info = Info {
+            pid: 77,
+            pool: "/var/pool.nodupe".to_owned(),
+            uuid: TOKEN.0,
+            version: 1,
+            poisoned: Some("a sync failed".to_owned()),
+            usage: Usage {
+                total: u64::MAX,
+                used: 2,
+                available: 3,
+                reserve: 4,
+                staged: 5,
+                journal_used: 6,
+                journal_size: 7,
+                logical: 8,
+                inodes: 9,
+            },
+        };
+        let usage = FileUsage {
+            size: 1,
+            mapped: 2,
+            exclusive: 3,
+            extents: 4,
+        };
+        let clone = requests().swap_remove(2);
+        for (request, response) in [
+            (Request::Info, Response::Info(Box::new(info))),
+            (Request::Token, Response::Token(TOKEN)),
+            (clone, Response::Clones(12)),
+            (Request::Usage, Response::Usage(usage)),
+            (Request::Checkpoint, Response::Done),
+        ] {
+            let payload = Response::encode(&Ok(response.clone()));
+            assert_eq!(Response::decode(&request, &payload[..]).unwrap(), response);
+        }
+    }
+
+    #[test]
+    fn errors_come_back_with_their_kind_and_cause() {
+        for kind in KINDS {
+            assert_eq!(kind_from_name(kind_name(kind)), Some(kind));
+            let payload = Response::encode(&Err(Error::new(kind, "why")));
+            let error = Response::decode(&Request::Info, &payload[..]).unwrap_err();
+            assert_eq!((error.kind(), error.to_string()), (kind, "why".to_owned()));
+        }
+        let cause = std::io::Error::other("the cause");
+        let payload = Response::encode(&Err(Error::io("what", cause)));
+        let error = Response::decode(&Request::Info, &payload[..]).unwrap_err();
+        assert_eq!(error.to_string(), "what: the cause");
+        let long = "\u{1}\u{20ac}".repeat(5000);
+        let payload = Response::encode(&Err(Error::new(Kind::Invalid, long)));
+        let error = Response::decode(&Request::Info, &payload[..]).unwrap_err();
+        assert_eq!(error.kind(), Kind::Invalid);
+        assert!(error.to_string().len() <= MESSAGE_BYTES_MAX);
+    }
+
+    #[test]
+    fn hostile_bytes_are_an_error() {
+        for payload in [
+            &b""[..],
+            b"\0\0\0",
+            b"null",
+            b"[]",
+            b"{}",
+            b"{\"op\":1}",
+            b"{\"op\":\"format\"}",
+            b"{\"op\":\"clone\"}",
+            b"{\"op\":\"clone\",\"source\":\"+0000000000000000000000000000001\",\"name\":\"a\"}",
+            b"{\"op\":\"clone\",\"source\":\"00\",\"name\":\"a\",\"count\":1}",
+            b"\xff\xfe",
+            &[b'['; PAYLOAD_BYTES],
+        ] {
+            Request::decode(payload).unwrap_err();
+            for request in requests() {
+                Response::decode(&request, payload).unwrap_err();
+            }
+        }
+        // Any single byte of a good request changed: a value or an error, no panic.
+        let good = requests().swap_remove(2).encode().unwrap();
+        for position in 0..200 {
+            for bit in 0..8 {
+                let mut bad = good.clone();
+                bad[position] ^= 1 << bit;
+                drop(Request::decode(&bad[..]));
+            }
+        }
+    }
+
+    #[test]
+    fn clones_are_numbered_from_one() {
+        let names = clone_names("vm-{}.raw", Some(10)).unwrap();
+        assert_eq!(names.first().unwrap(), b"vm-1.raw");
+        assert_eq!(names.last().unwrap(), b"vm-10.raw");
+        assert_eq!(clone_names("vm-{}", None).unwrap(), vec![b"vm-{}".to_vec()]);
+        assert_eq!(clone_names("vm", Some(1)).unwrap(), vec![b"vm".to_vec()]);
+        for (name, count) in [("vm", 2), ("vm-{}", 0), ("vm-{}", CLONES_MAX + 1)] {
+            let error = clone_names(name, Some(count)).unwrap_err();
+            assert_eq!(error.kind(), Kind::Invalid);
+        }
+    }
+}

@@ -1,0 +1,328 @@
+//! The daemon's end of the control channel: who may do what, and the tokens that name sources.
+//!
+//! Invariants:
+//! 1. A token works for the user who got it, for a minute, and was got by who could read the file.
+//! 2. A clone is made only where its maker could have made a copy: readable source, writable
+//!    directory.
+
+use std::collections::HashMap;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use parking_lot::Mutex;
+
+use crate::control::{Info, Request, Response, Token, clone_names};
+use crate::engine::{Attr, FileKind};
+use crate::error::{Error, Kind, Result};
+use crate::sys;
+use crate::units::Ino;
+use crate::vfs::{Access, Caller, HandleId, Vfs};
+
+/// How long a token works.
+const TOKEN_AGE_MAX: Duration = Duration::from_secs(60);
+
+/// Tokens of one user: beyond, the oldest goes.
+const TOKENS_PER_USER_MAX: usize = 256;
+
+/// Tokens of all users.
+const TOKENS_MAX: usize = 16 * 1024;
+
+/// Entries of a directory tree that a user other than root clones at once: each is looked at.
+const TREE_ENTRIES_MAX: usize = 100_000;
+
+/// Set-group-id bit of a mode: in such a directory, entries get its group.
+const MODE_SETGID: u32 = 0o2000;
+
+/// Answers requests of the control channel.
+#[derive(Debug)]
+pub(super) struct Server {
+    vfs: Arc<Vfs>,
+    pool: String,
+    tokens: Mutex<Tokens>,
+}
+
+impl Server {
+    /// For the pool at path `pool`.
+    pub(super) fn new(vfs: Arc<Vfs>, pool: String) -> Self {
+        Self {
+            vfs,
+            pool,
+            tokens: Mutex::default(),
+        }
+    }
+
+    /// Answers `request`, made on the open file or directory `ino`.
+    pub(super) fn answer(
+        &self,
+        caller: &Caller,
+        handle: HandleId,
+        ino: Ino,
+        request: &Request,
+    ) -> Result<Response> {
+        match request {
+            Request::Info => Ok(self.info()),
+            Request::Token => self.token(caller, handle, ino),
+            Request::Clone {
+                source,
+                name,
+                count,
+                preserve,
+            } => {
+                let names = clone_names(name, *count)?;
+                self.clone(caller, *source, ino, &names, *preserve)
+            }
+            Request::Usage => self.vfs.file_usage(ino).map(Response::Usage),
+            Request::Checkpoint => self.vfs.checkpoint().map(|()| Response::Done),
+        }
+    }
+
+    fn info(&self) -> Response {
+        let pool = self.vfs.pool();
+        let facts = pool.info();
+        Response::Info(Box::new(Info {
+            pid: std::process::id(),
+            pool: self.pool.clone(),
+            uuid: facts.uuid,
+            version: facts.version,
+            poisoned: pool.poisoned(),
+            usage: pool.usage(),
+        }))
+    }
+
+    fn token(&self, caller: &Caller, handle: HandleId, ino: Ino) -> Result<Response> {
+        if !self.vfs.handle_flags(handle, ino).read {
+            return Err(Error::new(
+                Kind::Denied,
+                "the source is not open for reading: open it so",
+            ));
+        }
+        let token = sys::control::random()
+            .map(Token)
+            .map_err(|error| Error::io("no random numbers from the system", error))?;
+        let grant = Grant {
+            ino,
+            uid: caller.uid,
+            given: Instant::now(),
+        };
+        self.tokens.lock().insert(token, grant);
+        Ok(Response::Token(token))
+    }
+
+    fn clone(
+        &self,
+        caller: &Caller,
+        source: Token,
+        dir: Ino,
+        names: &[Vec<u8>],
+        preserve: bool,
+    ) -> Result<Response> {
+        let Some(src) = self.tokens.lock().ino(source, caller.uid) else {
+            return Err(Error::new(
+                Kind::Denied,
+                "the token of the source is not known, or older than a minute: get a new one",
+            ));
+        };
+        let into = self.vfs.attr(dir)?;
+        if into.kind != FileKind::Directory {
+            return Err(Error::new(
+                Kind::NotDirectory,
+                "clones are made in a directory: make the request on one",
+            ));
+        }
+        if !caller.may(Access::Enter, &into) {
+            return Err(Error::new(
+                Kind::Denied,
+                "the directory is not writable for the caller",
+            ));
+        }
+        if preserve && !caller.is_root() {
+            return Err(Error::new(
+                Kind::NotPermitted,
+                "only root keeps the owner of what it clones",
+            ));
+        }
+        if !caller.is_root() {
+            self.check_tree(caller, src)?;
+        }
+        let gid = if into.mode & MODE_SETGID != 0 {
+            into.gid
+        } else {
+            caller.gid
+        };
+        let owner = (!preserve).then_some((caller.uid, gid));
+        self.vfs.clone_tree(src, dir, names, owner)?;
+        Ok(Response::Clones(u32::try_from(names.len()).map_err(
+            |_| Error::new(Kind::TooLarge, "more clones than can be counted"),
+        )?))
+    }
+
+    /// Refuses a source with anything in it that `caller` could not copy: what he cannot read,
+    /// device nodes, and files with capabilities, which as his own would give him rights.
+    fn check_tree(&self, caller: &Caller, src: Ino) -> Result<()> {
+        let mut seen = 0;
+        // A file was readable when it was opened; a directory perhaps only to be listed.
+        let top = self.vfs.attr(src)?;
+        if top.kind == FileKind::Directory && !caller.may(Access::List, &top) {
+            return Err(Error::new(
+                Kind::Denied,
+                "what is in the directory is not readable for the caller",
+            ));
+        }
+        self.check_entry(&top)?;
+        let mut pending = vec![src];
+        while let Some(dir) = pending.pop() {
+            if self.vfs.attr(dir)?.kind != FileKind::Directory {
+                continue;
+            }
+            let mut entries = Vec::new();
+            self.vfs
+                .read_dir(dir, crate::vfs::COOKIE_DOT_DOT, |entry| {
+                    entries.push(entry.ino);
+                    seen += 1;
+                    seen <= TREE_ENTRIES_MAX
+                })?;
+            if seen > TREE_ENTRIES_MAX {
+                return Err(Error::new(
+                    Kind::TooLarge,
+                    format!("the directory has over {TREE_ENTRIES_MAX} entries: let root clone it"),
+                ));
+            }
+            for ino in entries {
+                let attr = self.vfs.attr(ino)?;
+                let access = match attr.kind {
+                    FileKind::Directory => Access::List,
+                    _ => Access::Read,
+                };
+                if attr.kind != FileKind::Symlink && !caller.may(access, &attr) {
+                    return Err(Error::new(
+                        Kind::Denied,
+                        format!("something in the directory is not readable: inode={ino}"),
+                    ));
+                }
+                self.check_entry(&attr)?;
+                if attr.kind == FileKind::Directory {
+                    pending.push(ino);
+                }
+            }
+        }
+        Ok(())
+    }
+
+    fn check_entry(&self, attr: &Attr) -> Result<()> {
+        match attr.kind {
+            FileKind::CharDevice | FileKind::BlockDevice => Err(Error::new(
+                Kind::NotPermitted,
+                format!("only root clones device nodes: inode={}", attr.ino),
+            )),
+            FileKind::Regular => match self.vfs.xattr(attr.ino, b"security.capability") {
+                Err(error) if error.kind() == Kind::NoAttribute => Ok(()),
+                Err(error) => Err(error),
+                Ok(_) => Err(Error::new(
+                    Kind::NotPermitted,
+                    format!(
+                        "only root clones files with capabilities: inode={}",
+                        attr.ino
+                    ),
+                )),
+            },
+            _ => Ok(()),
+        }
+    }
+}
+
+/// What a token stands for.
+#[derive(Debug)]
+struct Grant {
+    ino: Ino,
+    uid: u32,
+    given: Instant,
+}
+
+#[derive(Debug, Default)]
+struct Tokens {
+    grants: HashMap<Token, Grant>,
+}
+
+impl Tokens {
+    fn insert(&mut self, token: Token, grant: Grant) {
+        self.grants
+            .retain(|_, grant| grant.given.elapsed() < TOKEN_AGE_MAX);
+        let uid = grant.uid;
+        if self.grants.values().filter(|old| old.uid == uid).count() >= TOKENS_PER_USER_MAX {
+            self.drop_oldest(|old| old.uid == uid);
+        }
+        if self.grants.len() >= TOKENS_MAX {
+            self.drop_oldest(|_| true);
+        }
+        self.grants.insert(token, grant);
+    }
+
+    fn ino(&self, token: Token, uid: u32) -> Option<Ino> {
+        let grant = self.grants.get(&token)?;
+        (grant.uid == uid && grant.given.elapsed() < TOKEN_AGE_MAX).then_some(grant.ino)
+    }
+
+    fn drop_oldest(&mut self, among: impl Fn(&Grant) -> bool) {
+        let oldest = self
+            .grants
+            .iter()
+            .filter(|(_, grant)| among(grant))
+            .min_by_key(|(_, grant)| grant.given)
+            .map(|(token, _)| *token);
+        if let Some(oldest) = oldest {
+            self.grants.remove(&oldest);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn token(number: u16) -> Token {
+        let mut bytes = [0; 16];
+        bytes[..2].copy_from_slice(&number.to_le_bytes());
+        Token(bytes)
+    }
+
+    fn grant(uid: u32) -> Grant {
+        Grant {
+            ino: Ino(5),
+            uid,
+            given: Instant::now(),
+        }
+    }
+
+    #[test]
+    fn a_token_is_of_use_to_its_user_only() {
+        let mut tokens = Tokens::default();
+        tokens.insert(token(1), grant(1000));
+        assert_eq!(tokens.ino(token(1), 1000), Some(Ino(5)));
+        assert_eq!(tokens.ino(token(1), 1001), None);
+        assert_eq!(tokens.ino(token(2), 1000), None);
+    }
+
+    #[test]
+    fn one_user_cannot_push_out_the_tokens_of_another() {
+        let mut tokens = Tokens::default();
+        tokens.insert(token(0), grant(1));
+        for number in 1..2000 {
+            tokens.insert(token(number), grant(2));
+        }
+        assert_eq!(tokens.ino(token(0), 1), Some(Ino(5)));
+        assert_eq!(tokens.ino(token(1), 2), None);
+        assert_eq!(tokens.ino(token(1999), 2), Some(Ino(5)));
+        assert_eq!(tokens.grants.len(), TOKENS_PER_USER_MAX + 1);
+    }
+
+    #[test]
+    fn an_old_token_is_of_no_use() {
+        let mut tokens = Tokens::default();
+        let Some(given) = Instant::now().checked_sub(TOKEN_AGE_MAX) else {
+            eprintln!("skipped: the machine started less than a minute ago");
+            return;
+        };
+        tokens.insert(token(1), Grant { given, ..grant(1) });
+        assert_eq!(tokens.ino(token(1), 1), None);
+    }
+}
