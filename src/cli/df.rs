@@ -1,0 +1,228 @@
+//! `nodupe df`: how full pools are, and what a file uses alone.
+
+use std::path::{Path, PathBuf};
+
+use clap::Args;
+use nodupe::engine::Usage;
+use serde_json::{Value, json};
+
+use super::failure::Result;
+use super::info;
+use super::mounts;
+use super::output::{self, Align, Output, Table, show};
+use super::size::human;
+use super::target::{self, Facts, FileFacts, PoolFacts, Want};
+
+const EXAMPLE: &str = "\
+Columns:
+  USED     space taken: data and metadata     LOGICAL  what full copies would take
+  AVAIL    what can still be written          SHARING  LOGICAL / USED
+  STAGED   written, waiting for its place     JOURNAL  journal in use / its size
+  MAPPED   of a file: data, shared or not     EXCLUSIVE  what deleting it would free
+
+Examples:
+  nodupe df
+  nodupe df ./pool.nodupe
+  nodupe df /srv/vms/vm-001.raw --json";
+
+/// Shows how full pools are, or what a file uses alone.
+///
+/// Without arguments all mounted pools are shown. A pool that is not mounted is opened to read.
+#[derive(Debug, Args)]
+#[command(after_help = EXAMPLE)]
+pub(super) struct Df {
+    /// Pools, mounted directories or files
+    #[arg(value_name = "POOL|DIR|FILE")]
+    targets: Vec<PathBuf>,
+    /// Device of the journal, for a pool that is not mounted and whose journal is not in it
+    #[arg(long, value_name = "DEVICE")]
+    journal: Option<PathBuf>,
+    /// Print JSON
+    #[arg(long)]
+    json: bool,
+}
+
+pub(super) fn run(args: &Df, output: Output) -> Result<()> {
+    let (mut pools, mut files) = (Vec::new(), Vec::new());
+    let mut failures = Vec::new();
+    let mut add = |facts: Result<Facts>| match facts {
+        Ok(Facts::Pool(facts)) => pools.push(*facts),
+        Ok(Facts::File(facts)) => files.push(*facts),
+        Err(failure) => failures.push(failure),
+    };
+    if args.targets.is_empty() {
+        for mount in mounts::ours()? {
+            let facts = target::mounted(&mount);
+            // Somebody may have unmounted it meanwhile.
+            if facts.is_ok() || mounts::on(&mount.dir)?.as_ref() == Some(&mount) {
+                add(facts.map(|facts| Facts::Pool(Box::new(facts))));
+            }
+        }
+    }
+    for path in &args.targets {
+        add(target::facts(path, args.journal.as_deref(), Want::Usage));
+    }
+    let found_nothing = pools.is_empty() && files.is_empty();
+    if args.json {
+        output.json(json!({
+            "pools": pools.iter().map(pool_json).collect::<Vec<_>>(),
+            "files": files.iter().map(file_json).collect::<Vec<_>>(),
+        }));
+    } else if !found_nothing {
+        output.data(&text(&pools, &files));
+    }
+    if found_nothing && failures.is_empty() {
+        output.note("no pool is mounted; to mount one: nodupe mount POOL DIR");
+    }
+    for facts in &pools {
+        if let Some(why) = &facts.poisoned {
+            output.note(&poisoned_text(facts, why));
+        }
+    }
+    // As df does: shows what it can, tells every failure, and fails if there was one.
+    let last = failures.pop();
+    failures.iter().for_each(output::failure);
+    last.map_or(Ok(()), Err)
+}
+
+fn text(pools: &[PoolFacts], files: &[FileFacts]) -> String {
+    let pools = pool_table(pools);
+    let files = file_table(files);
+    let tables = [pools, files].into_iter().filter(|table| !table.is_empty());
+    tables
+        .map(|table| table.render())
+        .collect::<Vec<_>>()
+        .join("\n")
+}
+
+fn pool_table(pools: &[PoolFacts]) -> Table {
+    let right = |name| (name, Align::Right);
+    let mut table = Table::new(&[
+        ("POOL", Align::Left),
+        right("SIZE"),
+        right("USED"),
+        right("AVAIL"),
+        right("USE%"),
+        right("LOGICAL"),
+        right("FILES"),
+        right("SHARING"),
+        right("STAGED"),
+        right("JOURNAL"),
+        ("MOUNTED ON", Align::Left),
+    ]);
+    for facts in pools {
+        let usage = facts.usage.unwrap_or_default();
+        let mut mount = facts.mount.as_deref().map_or_else(|| "-".to_owned(), show);
+        if facts.poisoned.is_some() {
+            mount.push_str(" (POISONED)");
+        } else if facts.read_only {
+            mount.push_str(" (read-only)");
+        }
+        table.row(vec![
+            show(&facts.pool),
+            human(usage.total),
+            human(usage.used),
+            human(usage.available),
+            percent_used(&usage).map_or_else(|| "-".to_owned(), |percent| format!("{percent}%")),
+            human(usage.logical),
+            usage.inodes.to_string(),
+            sharing(&usage).map_or_else(|| "-".to_owned(), |ratio| format!("{ratio:.1}x")),
+            human(usage.staged),
+            format!(
+                "{}/{}",
+                human(usage.journal_used),
+                human(usage.journal_size)
+            ),
+            mount,
+        ]);
+    }
+    table
+}
+
+fn file_table(files: &[FileFacts]) -> Table {
+    let mut table = Table::new(&[
+        ("FILE", Align::Left),
+        ("SIZE", Align::Right),
+        ("MAPPED", Align::Right),
+        ("EXCLUSIVE", Align::Right),
+        ("EXTENTS", Align::Right),
+    ]);
+    for facts in files {
+        table.row(vec![
+            show(&facts.path),
+            human(facts.usage.size),
+            human(facts.usage.mapped),
+            human(facts.usage.exclusive),
+            facts.usage.extents.to_string(),
+        ]);
+    }
+    table
+}
+
+fn pool_json(facts: &PoolFacts) -> Value {
+    let usage = facts.usage.unwrap_or_default();
+    json!({
+        "pool": show(&facts.pool),
+        "mount": facts.mount.as_deref().map(show),
+        "read_only": facts.read_only,
+        "size": facts.info.size,
+        "total": usage.total,
+        "used": usage.used,
+        "available": usage.available,
+        "reserve": usage.reserve,
+        "use_percent": percent_used(&usage),
+        "logical": usage.logical,
+        "inodes": usage.inodes,
+        "sharing": sharing(&usage),
+        "staged": usage.staged,
+        "journal_used": usage.journal_used,
+        "journal_size": usage.journal_size,
+        "poisoned": facts.poisoned,
+    })
+}
+
+fn file_json(facts: &FileFacts) -> Value {
+    info::usage_json(&facts.path, &facts.usage)
+}
+
+fn poisoned_text(facts: &PoolFacts, why: &str) -> String {
+    let pool = show(&facts.pool);
+    let dir = facts.mount.as_deref().unwrap_or(Path::new("DIR"));
+    format!(
+        "the pool {pool} refuses writes: {why}\n  repair the disk below it, then: nodupe umount {}; \
+         nodupe check {pool}; mount it again",
+        show(dir)
+    )
+}
+
+/// Used of what users can use, rounded up as df does.
+fn percent_used(usage: &Usage) -> Option<u64> {
+    let all = u128::from(usage.used) + u128::from(usage.available);
+    (all > 0)
+        .then(|| (u128::from(usage.used) * 100).div_ceil(all))
+        .and_then(|percent| u64::try_from(percent).ok())
+}
+
+/// How often, on average, a used byte stands for a byte of a file.
+#[allow(clippy::cast_precision_loss)] // one digit behind the point is shown
+fn sharing(usage: &Usage) -> Option<f64> {
+    (usage.used > 0 && usage.logical > 0).then(|| usage.logical as f64 / usage.used as f64)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn percent_is_rounded_up_and_never_divides_by_zero() {
+        let usage = |used, available| Usage {
+            used,
+            available,
+            ..Usage::default()
+        };
+        assert_eq!(percent_used(&usage(0, 0)), None);
+        assert_eq!(percent_used(&usage(1, 999)), Some(1));
+        assert_eq!(percent_used(&usage(u64::MAX, u64::MAX)), Some(50));
+        assert_eq!(sharing(&Usage::default()), None);
+    }
+}
