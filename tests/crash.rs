@@ -1,0 +1,246 @@
+//! What was acknowledged survives every crash, and what remains is a state that was.
+//!
+//! Each test runs histories on a simulated device, cuts them at every device write, and compares
+//! what a reopened pool shows with the model. A failure prints the command that repeats it.
+
+mod common;
+
+use common::crash::{
+    Depth, TINY, Totals, Verdict, assert_none, check, cut_everywhere, for_each_seed, new_pool,
+    record, record_random, seeds,
+};
+use common::generate::{SMALL, random_bytes};
+use common::history::{Op, create_options, open};
+use common::model::ROOT;
+
+use std::sync::Arc;
+
+use nodupe::device::{SimDevice, SplitMix64};
+use nodupe::engine::{FileKind, Pool, RenameMode};
+
+/// Operations of a random history.
+const OPS: usize = 160;
+
+#[test]
+fn crash_at_every_write_leaves_an_allowed_state() {
+    let depth = Depth {
+        images: 1,
+        second_every: 16,
+        continue_every: 8,
+    };
+    let totals = Totals::default();
+    let failures = for_each_seed(&seeds(200), |seed| {
+        let history = record_random(&TINY, &SMALL, seed, OPS, false)?;
+        cut_everywhere(&history, &depth, &totals)
+    });
+    totals.report("random histories");
+    assert_none("crash_at_every_write", &failures);
+}
+
+#[test]
+fn crash_tests_notice_a_device_that_ignores_syncs() {
+    let depth = Depth {
+        images: 1,
+        second_every: u64::MAX,
+        continue_every: u64::MAX,
+    };
+    let totals = Totals::default();
+    let mut noticed = 0;
+    let seeds: Vec<u64> = (1..=8).collect();
+    for seed in &seeds {
+        let failures = for_each_seed(&[*seed], |seed| {
+            let history = record_random(&TINY, &SMALL, seed, OPS, true)?;
+            cut_everywhere(&history, &depth, &totals)
+        });
+        noticed += failures.len();
+    }
+    totals.report("lying device");
+    assert!(
+        noticed >= seeds.len() / 2,
+        "only {noticed} of {} histories on a device that ignores syncs were noticed",
+        seeds.len()
+    );
+}
+
+/// The operations of the exhaustive test, on the files that [`prepare`] makes.
+fn operations(rng: &mut SplitMix64) -> Vec<Op> {
+    const A: usize = 1;
+    const B: usize = 2;
+    const DIR: usize = 3;
+    let mut bytes = |len| random_bytes(rng, len);
+    vec![
+        Op::Write(A, 100, bytes(300)),
+        Op::Write(A, 4096, bytes(8192)),
+        Op::Write(B, 0, bytes(65536)),
+        Op::Write(A, 0, vec![0; 8192]),
+        Op::Truncate(A, 5000),
+        Op::Truncate(B, 40000),
+        Op::Punch(A, 3000, 9000),
+        Op::CloneFile(A, B),
+        Op::CloneRange((A, 0), (B, 8192), 8192),
+        Op::CloneTree(DIR, ROOT, vec![b"copy".to_vec(), b"copy2".to_vec()]),
+        Op::Create(DIR, b"new".to_vec(), FileKind::Regular, Vec::new()),
+        Op::Link(A, DIR, b"link".to_vec()),
+        Op::Unlink(ROOT, b"a".to_vec(), true),
+        Op::Unlink(ROOT, b"b".to_vec(), false),
+        Op::Rename(
+            (ROOT, b"a".to_vec()),
+            (ROOT, b"b".to_vec()),
+            RenameMode::Replace,
+        ),
+        Op::Rename(
+            (ROOT, b"b".to_vec()),
+            (DIR, b"inner".to_vec()),
+            RenameMode::Exchange,
+        ),
+        Op::Checkpoint,
+        Op::Sync,
+    ]
+}
+
+/// Two files with data and a directory with one more.
+fn prepare(rng: &mut SplitMix64) -> Vec<Op> {
+    let file = |dir, name: &[u8]| Op::Create(dir, name.to_vec(), FileKind::Regular, Vec::new());
+    vec![
+        file(ROOT, b"a"),
+        file(ROOT, b"b"),
+        Op::Create(ROOT, b"dir".to_vec(), FileKind::Directory, Vec::new()),
+        file(3, b"inner"),
+        Op::Write(1, 0, random_bytes(rng, 20000)),
+        Op::Write(4, 0, random_bytes(rng, 70000)),
+        Op::Checkpoint,
+    ]
+}
+
+#[test]
+fn every_two_operations_survive_a_crash_at_every_write() {
+    let depth = Depth {
+        images: 3,
+        second_every: 8,
+        continue_every: 8,
+    };
+    let totals = Totals::default();
+    let count = operations(&mut SplitMix64::new(0)).len() as u64;
+    let all: Vec<u64> = (0..count * count).collect();
+    let failures = for_each_seed(&all, |seed| {
+        let mut rng = SplitMix64::new(seed);
+        let mut ops = prepare(&mut rng);
+        let choice = operations(&mut rng);
+        for index in [seed / count, seed % count] {
+            ops.push(choice[index as usize].clone());
+        }
+        ops.push(Op::Sync);
+        let mut ops = ops.into_iter();
+        let history = record(&TINY, seed, false, |runner| {
+            // On a file that the first one removed the second is no operation.
+            ops.find(|op| refers_to_living(op, runner))
+        })?;
+        cut_everywhere(&history, &depth, &totals)
+    });
+    totals.report("pairs of operations");
+    assert_none("every_two_operations", &failures);
+}
+
+/// True if all files that the operation names still exist.
+fn refers_to_living(op: &Op, runner: &common::history::Runner) -> bool {
+    let lives = |id: &usize| runner.model.nodes.contains_key(id);
+    match op {
+        Op::Write(id, ..) | Op::Truncate(id, _) | Op::Punch(id, ..) | Op::Link(id, ..) => lives(id),
+        Op::CloneFile(src, dst) | Op::CloneRange((src, _), (dst, _), _) => lives(src) && lives(dst),
+        _ => true,
+    }
+}
+
+#[test]
+fn a_crash_while_a_pool_is_made_leaves_it_or_none() {
+    let device = Arc::new(SimDevice::new(TINY.pool_size, 1));
+    device.record();
+    let options = create_options(1, TINY.journal_size);
+    Pool::create(device.clone(), None, &options).expect("a pool is made on a sound device");
+    let trace = device.take_trace();
+    let mut replay = trace.replay();
+    let (mut whole, mut none) = (0, 0);
+    while replay.step() {
+        for seed in 0..4 {
+            let device = Arc::new(replay.crash(seed));
+            match open(&device, TINY.cache_size) {
+                Ok(pool) => {
+                    let names = pool.read_dir(nodupe::units::Ino::ROOT, 0, 10);
+                    assert_eq!(names.expect("the root is readable"), []);
+                    pool.close().expect("an empty pool closes");
+                    check(&device, "of a pool made in a crash").expect("no findings");
+                    whole += 1;
+                }
+                Err(error) => {
+                    assert!(!error.to_string().is_empty());
+                    none += 1;
+                }
+            }
+        }
+    }
+    let device = Arc::new(replay.crash_none());
+    open(&device, TINY.cache_size).expect("create ends with a sync");
+    eprintln!("crashes while a pool is made: {whole} left it, {none} left none");
+}
+
+#[test]
+fn a_closed_pool_loses_nothing_in_a_crash() {
+    let totals: Vec<_> = for_each_seed(&[1, 2, 3, 4], |seed| -> Verdict {
+        let history = record_random(&TINY, &SMALL, seed, OPS, false)?;
+        let mut replay = history.trace.replay();
+        while replay.step() {}
+        let device = Arc::new(replay.crash_none());
+        check(&device, "after close")?;
+        let last = history.steps.len() - 1;
+        let writes = device.counts().writes;
+        let pool = open(&device, TINY.cache_size).map_err(|error| error.to_string())?;
+        common::crash::identify(&history, &pool, last..=last)?;
+        if !pool.info().clean && writes == device.counts().writes {
+            return Err("a closed pool is not marked clean".into());
+        }
+        Ok(())
+    });
+    assert_none("a_closed_pool", &totals);
+}
+
+#[test]
+fn unsynced_work_is_lost_from_the_end_only() {
+    // Two files written in turns, never synced: whatever remains, no write is there without all
+    // that came before it, in either file.
+    let totals = Totals::default();
+    let depth = Depth {
+        images: 4,
+        second_every: 16,
+        continue_every: 16,
+    };
+    let failures = for_each_seed(&seeds(6), |seed| {
+        let mut rng = SplitMix64::new(seed);
+        let file = |name: &[u8]| Op::Create(ROOT, name.to_vec(), FileKind::Regular, Vec::new());
+        let mut ops = vec![file(b"a"), file(b"b"), Op::Sync];
+        for index in 0..400_u64 {
+            let len = [700, 4096, 12288, 65536][rng.index(4)];
+            let offset = rng.below(24) * 4096;
+            ops.push(Op::Write(
+                1 + (index % 2) as usize,
+                offset,
+                random_bytes(&mut rng, len),
+            ));
+        }
+        let mut ops = ops.into_iter();
+        let history = record(&TINY, seed, false, |_| ops.next())?;
+        cut_everywhere(&history, &depth, &totals)
+    });
+    totals.report("two files in turns");
+    assert_none("unsynced_work", &failures);
+}
+
+#[test]
+fn recorded_histories_are_the_same_each_time() {
+    let run = || {
+        let history = record_random(&TINY, &SMALL, 11, 60, false).expect("the history runs");
+        let digests: Vec<u64> = history.steps.iter().map(|step| step.digest).collect();
+        (history.trace.len(), digests)
+    };
+    assert_eq!(run(), run());
+    new_pool(&TINY, 1).expect("a pool is made");
+}
