@@ -6,6 +6,7 @@ use nodupe::ondisk::extent::{
     EXTENT_BLOCK, EXTENT_COUNT, EXTENT_LEN, EXTENT_STORED, Extent, GROUP_BLOCKS, GROUP_LEN,
     REFS_LEN, ROOT_LEN, SUMS_LEN, SUMS_PER_RECORD,
 };
+use nodupe::ondisk::heartbeat::*;
 use nodupe::ondisk::inode::*;
 use nodupe::ondisk::journal::*;
 use nodupe::ondisk::node::*;
@@ -38,6 +39,8 @@ fn every_offset_is_documented_and_every_documented_offset_is_real() {
         SB_BLOCKS SB_BLOCK_SIZE SB_FLAGS SB_JOURNAL_START SB_JOURNAL_BLOCKS SB_JOURNAL_SEQ
         SB_JOURNAL_POS SB_NEXT_INO SB_NEXT_DETACHED SB_INODES SB_LOGICAL SB_FREE SB_HASH_KEY
         SB_CREATED SB_NAMESPACE SB_REFS SB_SUMS SB_GROUPS
+        HB_MAGIC_AT HB_CRC HB_HOST_LEN HB_POOL HB_OWNER HB_BOOT HB_SEQ HB_TIME HB_PID HB_INTERVAL
+        HB_HOST
         NODE_MAGIC_AT NODE_KIND NODE_LEVEL NODE_COUNT NODE_ADDR NODE_GENERATION NODE_CRC NODE_HEAP
         NODE_DEAD NODE_POOL NODE_RECORDS
         EXTENT_BLOCK EXTENT_COUNT EXTENT_STORED
@@ -45,7 +48,7 @@ fn every_offset_is_documented_and_every_documented_offset_is_real() {
         INODE_GENERATION INODE_SIZE INODE_MAPPED INODE_PARENT INODE_ROOT INODE_ATIME INODE_MTIME
         INODE_CTIME INODE_BTIME INODE_ORIGIN INODE_ORIGIN_GENERATION INODE_ORIGIN_TIME
         BATCH_MAGIC_AT BATCH_POOL BATCH_SEQ BATCH_RECORDS_LEN BATCH_DATA_BLOCKS BATCH_CRC
-        BATCH_RECORDS
+        BATCH_DURABLE BATCH_BLOCK BATCH_SEAL BATCH_RECORDS
     )
     .into_iter()
     .collect();
@@ -90,6 +93,8 @@ fn magic_numbers_sizes_and_limits_are_as_documented() {
     assert_eq!(SB_MAGIC, [0x8a, 0x4e, 0x4f, 0x44, 0x55, 0x50, 0x45, 0x0a]);
     assert_eq!(NODE_MAGIC.to_le_bytes(), *b"NDPN");
     assert_eq!(BATCH_MAGIC.to_le_bytes(), *b"NDPJRNL1");
+    assert_eq!((HB_MAGIC, HB_BLOCK, HB_HOST_MAX), (*b"NDPBEAT1", 2, 256));
+    assert!(DOC.contains("\"NDPBEAT1\""));
     assert!(DOC.contains("8a 4e 4f 44 55 50 45 0a") && DOC.contains("\"NDPJRNL1\""));
     assert_eq!(SB_VERSION, 1);
     assert!(DOC.starts_with(&format!(

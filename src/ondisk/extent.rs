@@ -3,16 +3,21 @@
 use super::{get_u32, get_u64, put_u32, put_u64};
 use crate::error::{Error, Result};
 
-/// A run of blocks of the pool.
+/// A run of blocks of the pool; or of lost ones, which have no place.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Extent {
-    /// First block.
+    /// First block; 0: what was here is lost, and reading it is an error.
     pub block: u64,
     /// Number of blocks, at least 1.
     pub len: u32,
 }
 
 impl Extent {
+    /// True if a repair found nothing of what was here: no block of the pool belongs to it.
+    pub fn is_lost(&self) -> bool {
+        self.block == 0
+    }
+
     /// The first block behind the run.
     pub fn end(&self) -> u64 {
         self.block + u64::from(self.len)
@@ -21,8 +26,12 @@ impl Extent {
     /// The part of the run that starts `skip` blocks into it.
     pub(crate) fn tail(&self, skip: u32) -> Self {
         assert!(skip < self.len);
+        let block = match self.is_lost() {
+            true => 0,
+            false => self.block + u64::from(skip),
+        };
         Self {
-            block: self.block + u64::from(skip),
+            block,
             len: self.len - skip,
         }
     }
@@ -46,6 +55,9 @@ pub const EXTENT_COUNT: usize = 8;
 /// Offset of the length in bytes of a transformed (compressed, encrypted) extent; 0: plain.
 pub const EXTENT_STORED: usize = 12;
 
+/// Flag, above the block number: what was here is lost; the block number is 0.
+pub const EXTENT_FLAG_LOST: u64 = 1 << 48;
+
 /// Largest block number: 2^48 blocks of 4 KiB are 1 EiB.
 pub const BLOCK_MAX: u64 = (1 << 48) - 1;
 /// Longest extent, in blocks: sums of two lengths do not overflow.
@@ -55,7 +67,12 @@ pub const EXTENT_BLOCKS_MAX: u32 = 1 << 30;
 pub fn encode_extent(extent: Extent) -> [u8; EXTENT_LEN] {
     assert!(extent.block <= BLOCK_MAX && extent.len > 0 && extent.len <= EXTENT_BLOCKS_MAX);
     let mut value = [0; EXTENT_LEN];
-    put_u64(&mut value, EXTENT_BLOCK, extent.block);
+    let flags = if extent.is_lost() {
+        EXTENT_FLAG_LOST
+    } else {
+        0
+    };
+    put_u64(&mut value, EXTENT_BLOCK, extent.block | flags);
     put_u32(&mut value, EXTENT_COUNT, extent.len);
     value
 }
@@ -63,7 +80,8 @@ pub fn encode_extent(extent: Extent) -> [u8; EXTENT_LEN] {
 /// Decodes the value of an extent record.
 ///
 /// # Errors
-/// `Corrupt` for flags this version does not know, an empty or too long run, or one at block 0.
+/// `Corrupt` for flags this version does not know, an empty or too long run, one at block 0 that
+/// is not lost, or a lost one elsewhere.
 pub fn decode_extent(value: &[u8]) -> Result<Extent> {
     if value.len() != EXTENT_LEN {
         return Err(Error::corrupt(format!(
@@ -76,13 +94,15 @@ pub fn decode_extent(value: &[u8]) -> Result<Extent> {
         block: raw & BLOCK_MAX,
         len: get_u32(value, EXTENT_COUNT),
     };
-    if raw > BLOCK_MAX || get_u32(value, EXTENT_STORED) != 0 {
+    let flags = raw & !BLOCK_MAX;
+    if flags & !EXTENT_FLAG_LOST != 0 || get_u32(value, EXTENT_STORED) != 0 {
         return Err(Error::corrupt(format!(
             "extent has unknown flags: flags={}",
             raw >> 48
         )));
     }
-    if extent.len == 0 || extent.len > EXTENT_BLOCKS_MAX || extent.block == 0 {
+    let misplaced = extent.is_lost() != (flags == EXTENT_FLAG_LOST);
+    if extent.len == 0 || extent.len > EXTENT_BLOCKS_MAX || misplaced {
         return Err(Error::corrupt(format!(
             "extent is empty, too long or at block 0: block={} len={}",
             extent.block, extent.len

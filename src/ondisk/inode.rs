@@ -335,6 +335,15 @@ pub fn encode_entries(entries: &[Entry]) -> Result<Vec<u8>> {
     Ok(out)
 }
 
+/// True if a directory entry can have this name: 1 to 255 bytes, no '/', no NUL, not "." or "..".
+pub fn is_name(name: &[u8]) -> bool {
+    (1..=NAME_MAX).contains(&name.len())
+        && !name.contains(&b'/')
+        && !name.contains(&0)
+        && name != b"."
+        && name != b".."
+}
+
 /// Decodes a bucket.
 ///
 /// # Errors
@@ -349,7 +358,7 @@ pub fn decode_entries(mut b: &[u8]) -> Result<Vec<Entry>> {
         let (entry, rest) = b.split_at(ENTRY_HEAD + usize::from(b[9]));
         let name = entry[ENTRY_HEAD..].to_vec();
         let kind = InodeKind::from_code(entry[8]).ok_or_else(bad)?;
-        if name.contains(&b'/') || name.contains(&0) || name == b"." || name == b".." {
+        if !is_name(&name) {
             return Err(bad());
         }
         entries.push(Entry {
@@ -363,6 +372,26 @@ pub fn decode_entries(mut b: &[u8]) -> Result<Vec<Entry>> {
         return Err(Error::corrupt("directory bucket is empty"));
     }
     Ok(entries)
+}
+
+/// Decodes an extended attribute, its pieces joined: lengths of name (u16) and value (u32), name,
+/// value.
+///
+/// # Errors
+/// `Corrupt` for lengths that do not add up, or that nobody can ask for.
+pub fn decode_xattr(raw: &[u8]) -> Result<(&[u8], &[u8])> {
+    let bad = || Error::corrupt("extended attribute is malformed");
+    if raw.len() < 6 {
+        return Err(bad());
+    }
+    let (name_len, value_len) = (usize::from(get_u16(raw, 0)), get_u32(raw, 2) as usize);
+    if raw.len() != 6 + name_len + value_len
+        || !(1..=NAME_MAX).contains(&name_len)
+        || value_len > XATTR_VALUE_MAX
+    {
+        return Err(bad());
+    }
+    Ok(raw[6..].split_at(name_len))
 }
 
 #[cfg(test)]

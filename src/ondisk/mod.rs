@@ -9,6 +9,7 @@
 //! 4. Decoding is total: any bytes give a value or an error, never a panic.
 
 pub mod extent;
+pub mod heartbeat;
 pub mod inode;
 pub mod journal;
 pub mod node;

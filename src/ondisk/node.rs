@@ -192,6 +192,19 @@ impl Node {
         Ok(node)
     }
 
+    /// The node that a block holds by its own account: sound, and at its place. Whether it is the
+    /// newest one there only its parent tells.
+    ///
+    /// # Errors
+    /// `Corrupt` if the block holds no such node.
+    pub fn at_block(page: Box<Page>, block: u64, pool: u64) -> Result<Self> {
+        let Some(kind) = TreeKind::from_code(page[NODE_KIND]) else {
+            return Err(Error::corrupt(format!("no node is there: block={block}")));
+        };
+        let (level, crc) = (page[NODE_LEVEL], get_u32(&page[..], NODE_CRC));
+        Self::verify(page, kind, level, NodeRef { block, crc }, pool)
+    }
+
     fn is_well_formed(&self) -> bool {
         let count = self.count();
         if count == 0 || count * self.stride() > CAPACITY {
@@ -382,7 +395,7 @@ impl Node {
     }
 
     /// True if another record with a value of `value_len` bytes fits.
-    pub(crate) fn fits(&self, value_len: usize) -> bool {
+    pub fn fits(&self, value_len: usize) -> bool {
         let more = if self.is_variable() {
             SLOT_LEN + value_len
         } else {
@@ -397,7 +410,7 @@ impl Node {
     }
 
     /// Inserts a record at position `i`. It must fit and keep the order.
-    pub(crate) fn insert(&mut self, i: usize, key: u128, value: &[u8]) {
+    pub fn insert(&mut self, i: usize, key: u128, value: &[u8]) {
         let count = self.count();
         assert!(i <= count && self.fits(value.len()));
         assert!(i == 0 || self.key(i - 1) < key);
@@ -429,7 +442,7 @@ impl Node {
     }
 
     /// Replaces the value of record `i`. False, and nothing changed, if it does not fit.
-    pub(crate) fn set_value(&mut self, i: usize, value: &[u8]) -> bool {
+    pub fn set_value(&mut self, i: usize, value: &[u8]) -> bool {
         assert!(i < self.count());
         if !self.is_variable() {
             let end = NODE_RECORDS + (i + 1) * self.stride();
@@ -451,7 +464,7 @@ impl Node {
     }
 
     /// Removes record `i`.
-    pub(crate) fn remove(&mut self, i: usize) {
+    pub fn remove(&mut self, i: usize) {
         let count = self.count();
         assert!(i < count);
         let stride = self.stride();
@@ -487,7 +500,7 @@ impl Node {
     }
 
     /// Moves the records from position `from` on to `right`, an empty node.
-    pub(crate) fn split_into(&mut self, from: usize, right: &mut Self) {
+    pub fn split_into(&mut self, from: usize, right: &mut Self) {
         assert!(right.count() == 0);
         for i in from..self.count() {
             right.insert(i - from, self.key(i), self.value(i));
@@ -501,14 +514,14 @@ impl Node {
     }
 
     /// Appends all records of `right`, which must fit and follow.
-    pub(crate) fn append(&mut self, right: &Self) {
+    pub fn append(&mut self, right: &Self) {
         for i in 0..right.count() {
             self.insert(self.count(), right.key(i), right.value(i));
         }
     }
 
     /// Where to split so that both halves hold about the same number of bytes.
-    pub(crate) fn middle(&self) -> usize {
+    pub fn middle(&self) -> usize {
         if !self.is_variable() {
             return self.count() / 2;
         }

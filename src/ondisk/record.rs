@@ -7,7 +7,7 @@
 
 use super::extent::{BLOCK_MAX, EXTENT_BLOCKS_MAX, Extent};
 use super::inode::{
-    FILE_BLOCKS_MAX, FILE_SIZE_MAX, NAME_MAX, NUMBER_MAX, TARGET_MAX, XATTR_VALUE_MAX,
+    FILE_BLOCKS_MAX, FILE_SIZE_MAX, NAME_MAX, NUMBER_MAX, TARGET_MAX, XATTR_VALUE_MAX, is_name,
 };
 use super::{get_time, get_u16, get_u32, get_u64};
 use crate::error::{Error, Result};
@@ -190,7 +190,10 @@ impl<'a> Reader<'a> {
         Ok(value)
     }
     fn ino(&mut self) -> Result<Ino> {
-        Ok(Ino(self.bounded(NUMBER_MAX)?))
+        match self.bounded(NUMBER_MAX)? {
+            0 => Err(Error::corrupt("journal record is about inode 0")),
+            ino => Ok(Ino(ino)),
+        }
     }
     fn size(&mut self) -> Result<u64> {
         self.bounded(FILE_SIZE_MAX)
@@ -211,6 +214,14 @@ impl<'a> Reader<'a> {
         Ok(self.take(len)?.to_vec())
     }
     fn name(&mut self) -> Result<Vec<u8>> {
+        let name = self.bytes(NAME_MAX)?;
+        if !is_name(&name) {
+            return Err(Error::corrupt("journal record has a name that cannot be"));
+        }
+        Ok(name)
+    }
+    /// The name of an extended attribute.
+    fn attribute(&mut self) -> Result<Vec<u8>> {
         let name = self.bytes(NAME_MAX)?;
         if name.is_empty() {
             return Err(Error::corrupt("journal record has an empty name"));
@@ -357,6 +368,19 @@ impl Record {
         };
     }
 
+    /// Reads all records of a batch.
+    ///
+    /// # Errors
+    /// `Corrupt` for an unknown type, a record that is cut off, or a value over its limit.
+    pub fn decode_all(bytes: &[u8]) -> Result<Vec<Self>> {
+        let mut reader = Reader(bytes);
+        let mut records = Vec::new();
+        while !reader.0.is_empty() {
+            records.push(Self::decode(&mut reader)?);
+        }
+        Ok(records)
+    }
+
     /// Reads one record off the front of `r`.
     ///
     /// # Errors
@@ -422,13 +446,13 @@ impl Record {
             },
             10 => Self::SetXattr {
                 ino: r.ino()?,
-                name: r.name()?,
+                name: r.attribute()?,
                 value: r.bytes(XATTR_VALUE_MAX)?,
                 now: r.time()?,
             },
             11 => Self::RemoveXattr {
                 ino: r.ino()?,
-                name: r.name()?,
+                name: r.attribute()?,
                 now: r.time()?,
             },
             12 => Self::Truncate {
@@ -542,18 +566,30 @@ mod tests {
         ];
         let mut bytes = Vec::new();
         records.iter().for_each(|record| record.encode(&mut bytes));
-        let mut reader = Reader(&bytes);
-        for record in &records {
-            assert_eq!(&Record::decode(&mut reader).unwrap(), record);
-        }
-        assert!(reader.0.is_empty());
+        assert_eq!(Record::decode_all(&bytes).unwrap(), records);
         for cut in 0..bytes.len() {
-            let mut reader = Reader(&bytes[..cut]);
-            while !reader.0.is_empty() {
-                if Record::decode(&mut reader).is_err() {
-                    break;
-                }
+            if let Ok(fewer) = Record::decode_all(&bytes[..cut]) {
+                assert_eq!(fewer, records[..fewer.len()]);
             }
+        }
+    }
+
+    #[test]
+    fn names_that_cannot_be_are_refused() {
+        let link = |name: &[u8]| {
+            let mut bytes = Vec::new();
+            let link = Record::Link {
+                ino: Ino(2),
+                dir: Ino(1),
+                name: name.into(),
+                now: Time::default(),
+            };
+            link.encode(&mut bytes);
+            Record::decode_all(&bytes)
+        };
+        assert!(link(b"a").is_ok());
+        for name in [&b""[..], b".", b"..", b"a/b", b"a\0b", &[b'x'; 256]] {
+            assert!(link(name).is_err(), "{name:?}");
         }
     }
 }

@@ -32,7 +32,8 @@ pub const SB_GENERATION: usize = 56;
 pub const SB_BLOCKS: usize = 64;
 /// Offset of the block size in bytes (u32).
 pub const SB_BLOCK_SIZE: usize = 72;
-/// Offset of the flags (u32): 1 closed cleanly, 2 journal on a device of its own.
+/// Offset of the flags (u32): 1 closed cleanly, 2 journal on a device of its own, 4 allocated
+/// on the host for good, 8 repaired.
 pub const SB_FLAGS: usize = 76;
 /// Offset of the first block of the journal ring, on its device (u64).
 pub const SB_JOURNAL_START: usize = 80;
@@ -68,8 +69,13 @@ const SB_END: usize = SB_GROUPS + ROOT_LEN;
 
 /// The pool was closed cleanly.
 pub const FLAG_CLEAN: u32 = 1;
+/// A repair wrote this checkpoint: replay leaves out what has nothing to act on any more.
+pub const FLAG_REPAIRED: u32 = 8;
 /// The journal is on a device of its own.
 pub const FLAG_EXTERNAL_JOURNAL: u32 = 2;
+
+/// The host had allocated the whole pool when it was made: it stays so, nothing is given back.
+pub const FLAG_PREALLOCATED: u32 = 4;
 
 /// Block of slot A; slot B follows. Their copies are the last two blocks of the pool.
 pub const SLOT_A: u64 = 0;
@@ -95,7 +101,8 @@ pub struct Superblock {
     pub generation: u64,
     /// Size of the pool in blocks.
     pub blocks: u64,
-    /// [`FLAG_CLEAN`], [`FLAG_EXTERNAL_JOURNAL`].
+    /// [`FLAG_CLEAN`], [`FLAG_EXTERNAL_JOURNAL`], [`FLAG_PREALLOCATED`],
+    /// [`FLAG_REPAIRED`].
     pub flags: u32,
     /// First block of the ring.
     pub journal_start: u64,
@@ -240,7 +247,8 @@ impl Superblock {
     fn check_geometry(&self, block_size: u32) -> Result<()> {
         let external = self.flags & FLAG_EXTERNAL_JOURNAL != 0;
         let start = if external { 0 } else { HEAD_BLOCKS };
-        let fits = self.flags & !(FLAG_CLEAN | FLAG_EXTERNAL_JOURNAL) == 0
+        let known = FLAG_CLEAN | FLAG_EXTERNAL_JOURNAL | FLAG_PREALLOCATED | FLAG_REPAIRED;
+        let fits = self.flags & !known == 0
             && block_size as usize == BLOCK_SIZE
             && (POOL_BLOCKS_MIN..=POOL_BLOCKS_MAX).contains(&self.blocks)
             && self.journal_start == start
