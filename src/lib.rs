@@ -19,6 +19,7 @@ pub mod error;
 #[cfg(feature = "fuse")]
 pub mod fuse;
 pub mod ondisk;
+mod sync;
 pub mod sys;
 pub mod units;
 pub mod vfs;

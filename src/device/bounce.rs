@@ -9,8 +9,7 @@
 use std::fmt;
 use std::ops::{Deref, DerefMut};
 
-use parking_lot::Mutex;
-
+use crate::sync::Mutex;
 use crate::units::BLOCK_SIZE;
 
 /// Bytes of a small buffer: most transfers are a block or a few.

@@ -143,6 +143,9 @@ impl FileDevice {
                 return Err(invalid("block device is shorter than that"));
             }
             self.file.set_len(len)?;
+            // At once, and with all that belongs to it: nothing may name a length that a crash
+            // takes back.
+            self.file.sync_all()?;
         }
         self.len.fetch_max(len, Ordering::AcqRel);
         Ok(())
@@ -370,6 +373,33 @@ impl BlockDevice for FileDevice {
             }
             result => result,
         }
+    }
+
+    fn grow(&self, len: u64) -> io::Result<()> {
+        FileDevice::grow(self, len)
+    }
+
+    fn host_len(&self) -> io::Result<u64> {
+        Ok(raw_len(&self.file)? / BLOCK * BLOCK)
+    }
+
+    fn allocated(&self) -> io::Result<u64> {
+        FileDevice::allocated(self)
+    }
+
+    fn host_free(&self) -> io::Result<Option<u64>> {
+        if self.is_block_device {
+            return Ok(None);
+        }
+        block::free_bytes(&self.file).map(Some)
+    }
+
+    fn preallocate(&self, addr: u64, len: u64) -> io::Result<()> {
+        self.check_range(addr, len)?;
+        if self.is_block_device || len == 0 {
+            return Ok(()); // its space is its own
+        }
+        block::allocate(&self.file, addr, len)
     }
 }
 

@@ -7,6 +7,8 @@
 //! 2. After a crash each completed, not yet durable write is present, absent or torn at
 //!    [`SECTOR_SIZE`](crate::units::SECTOR_SIZE), independently of every other.
 //! 3. A failed sync leaves the state of those writes unknown for good: nobody retries it.
+//!    A write that failed for want of space on the host is another thing: what it wrote of its own
+//!    range is unknown, everything else is as before, and it may be repeated, there or elsewhere.
 //! 4. Addresses and lengths are multiples of [`BLOCK_SIZE`](crate::units::BLOCK_SIZE). Memory may
 //!    have any alignment; a device that needs aligned memory copies.
 
@@ -44,4 +46,39 @@ pub trait BlockDevice: Send + Sync + Debug {
     /// Tells the host that `len` bytes at `addr` are not needed any more. Advisory: afterwards
     /// they read as zeros or as anything else.
     fn discard(&self, addr: u64, len: u64) -> io::Result<()>;
+
+    /// Makes the device `len` bytes long, where the host can do that; what is added reads as
+    /// zeros. Durable, as a write is, after the next [`sync`](Self::sync). Never shrinks.
+    fn grow(&self, len: u64) -> io::Result<()> {
+        if len <= self.len() {
+            return Ok(());
+        }
+        Err(io::ErrorKind::Unsupported.into())
+    }
+
+    /// Length that the device has on the host by now, in bytes, which may be more than
+    /// [`len`](Self::len): somebody made a block device larger.
+    fn host_len(&self) -> io::Result<u64> {
+        Ok(self.len())
+    }
+
+    /// Bytes that the host has allocated for the device.
+    fn allocated(&self) -> io::Result<u64> {
+        Ok(self.len())
+    }
+
+    /// Bytes that the host can still allocate for the device, of all that share it; `None` if
+    /// everything is allocated for good, as on a block device.
+    fn host_free(&self) -> io::Result<Option<u64>> {
+        Ok(None)
+    }
+
+    /// Makes the host keep space for a range, so that writes to it never fail for want of it.
+    /// What is there stays; what was never written reads as zeros.
+    ///
+    /// # Errors
+    /// `Unsupported` where the host makes no such promise.
+    fn preallocate(&self, _addr: u64, _len: u64) -> io::Result<()> {
+        Err(io::ErrorKind::Unsupported.into())
+    }
 }

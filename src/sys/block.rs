@@ -59,6 +59,28 @@ pub fn punch_hole(file: &File, offset: u64, len: u64) -> io::Result<()> {
     Ok(())
 }
 
+/// Allocates space for a range of a file: what is there stays, the rest reads as zeros, and the size
+/// stays.
+pub fn allocate(file: &File, offset: u64, len: u64) -> io::Result<()> {
+    let (offset, len) = (to_off(offset)?, to_off(len)?);
+    retry(|| {
+        // SAFETY: fallocate takes no pointer, and `file` keeps the descriptor open.
+        unsafe { libc::fallocate64(file.as_raw_fd(), libc::FALLOC_FL_KEEP_SIZE, offset, len) }
+    })?;
+    Ok(())
+}
+
+/// Bytes that users can still allocate in the filesystem that holds an open file.
+pub fn free_bytes(file: &File) -> io::Result<u64> {
+    let mut found = std::mem::MaybeUninit::<libc::statvfs64>::uninit();
+    // SAFETY: fstatvfs writes one struct statvfs64 to the pointer, for which there is room; `file`
+    // keeps the descriptor open.
+    check(unsafe { libc::fstatvfs64(file.as_raw_fd(), found.as_mut_ptr()) })?;
+    // SAFETY: the call succeeded, so the struct is filled.
+    let found = unsafe { found.assume_init() };
+    Ok(found.f_bavail.saturating_mul(found.f_frsize))
+}
+
 /// Tells a block device that a range is not needed any more.
 pub fn discard_blocks(device: &File, offset: u64, len: u64) -> io::Result<()> {
     let range = [offset, len];

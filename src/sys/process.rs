@@ -148,6 +148,76 @@ pub fn set_io_flusher() -> io::Result<()> {
     check(unsafe { libc::prctl(PR_SET_IO_FLUSHER, ON, UNUSED, UNUSED, UNUSED) }).map(drop)
 }
 
+/// Time since the system was started, the time that it slept included.
+pub fn uptime() -> Duration {
+    let mut time = libc::timespec {
+        tv_sec: 0,
+        tv_nsec: 0,
+    };
+    // SAFETY: the kernel fills the structure, which is ours. The clock exists since Linux 2.6.39, so
+    // the call cannot fail.
+    unsafe { libc::clock_gettime(libc::CLOCK_BOOTTIME, &raw mut time) };
+    Duration::new(
+        u64::try_from(time.tv_sec).unwrap_or(0),
+        u32::try_from(time.tv_nsec).unwrap_or(0),
+    )
+}
+
+/// Keeps what this process uses in memory from being evicted: code, stacks and heap, each page
+/// from its first use on. False if this process may not lock as much as it likes: then nothing is
+/// locked, because a limit would make allocations fail later.
+pub fn lock_memory() -> io::Result<bool> {
+    if !may_lock_all()? {
+        return Ok(false);
+    }
+    let flags = libc::MCL_CURRENT | libc::MCL_FUTURE | libc::MCL_ONFAULT;
+    // SAFETY: mlockall takes flags only, and changes no memory of ours.
+    check(unsafe { libc::mlockall(flags) }).map(|_| true)
+}
+
+/// Keeps the allocator from holding memory that is not used: few arenas, because a block that one
+/// thread allocates is often freed by another, and large buffers straight from the system.
+pub fn bound_allocator() {
+    #[cfg(target_env = "gnu")]
+    {
+        const ARENAS: libc::c_int = 4;
+        const LARGE: libc::c_int = 4 * 1024 * 1024; // 4 MiB
+        const KEPT: libc::c_int = 8 * 1024 * 1024; // 8 MiB at the end of the heap
+        for (parameter, value) in [
+            (libc::M_ARENA_MAX, ARENAS),
+            (libc::M_MMAP_THRESHOLD, LARGE),
+            (libc::M_TRIM_THRESHOLD, KEPT),
+        ] {
+            // SAFETY: mallopt takes two integers and changes settings of the allocator only.
+            unsafe { libc::mallopt(parameter, value) };
+        }
+    }
+}
+
+fn may_lock_all() -> io::Result<bool> {
+    let mut limit = MaybeUninit::<libc::rlimit>::uninit();
+    // SAFETY: getrlimit fills the struct that it is given, which may be assumed initialised if it
+    // succeeds.
+    let limit = unsafe {
+        check(libc::getrlimit(libc::RLIMIT_MEMLOCK, limit.as_mut_ptr()))?;
+        limit.assume_init()
+    };
+    if limit.rlim_cur == libc::RLIM_INFINITY {
+        return Ok(true);
+    }
+    const CAP_IPC_LOCK: u64 = 1 << 14; // linux/capability.h
+    let status = std::fs::read_to_string("/proc/self/status")?;
+    let effective = status
+        .lines()
+        .find_map(|line| line.strip_prefix("CapEff:"))
+        .and_then(|mask| u64::from_str_radix(mask.trim(), 16).ok())
+        .unwrap_or(0);
+    // In a user namespace of its own the capability does not lift the limit.
+    let map = std::fs::read_to_string("/proc/self/uid_map")?;
+    let is_first = map.split_whitespace().eq(["0", "0", "4294967295"]);
+    Ok(is_first && effective & CAP_IPC_LOCK != 0)
+}
+
 /// Another process, held so that its number cannot come to mean a different one.
 #[derive(Debug)]
 pub struct Process {

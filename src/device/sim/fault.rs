@@ -30,6 +30,14 @@ pub enum Fault {
     Torn,
     /// One bit of what is written or read is wrong. For syncs and discards as [`Io`](Self::Io).
     FlipBit,
+    /// One block of what is written or read is zeros. For syncs and discards as [`Io`](Self::Io).
+    Zeros,
+    /// One block of what is written or read is noise. For syncs and discards as [`Io`](Self::Io).
+    Garbage,
+    /// A write is reordered over the syncs behind it: it is there for whoever reads, but the next
+    /// few syncs do not make it durable, although they say yes. Reads, syncs and discards: as
+    /// [`Io`](Self::Io).
+    Delayed,
 }
 
 /// How often.

@@ -21,9 +21,8 @@ pub(super) fn page(bytes: &[u8]) -> Option<Page> {
     if bytes.iter().fold(0, |all, byte| all | byte) == 0 {
         return None;
     }
-    let mut page = [0; BLOCK_SIZE];
-    page.copy_from_slice(bytes);
-    Some(Arc::new(page))
+    let bytes: &[u8; BLOCK_SIZE] = bytes.try_into().ok()?;
+    Some(Arc::new(*bytes))
 }
 
 /// Flips one bit of one byte.
@@ -67,6 +66,25 @@ impl Image {
         for (block, page) in (addr / BLOCK_SIZE as u64..).zip(pages) {
             self.set(block, page.clone());
         }
+    }
+
+    /// Forgets what lies at or behind `len` bytes.
+    fn cut(&mut self, len: u64) {
+        let end = len / BLOCK_SIZE as u64;
+        let last = self.leaves.last_key_value().map_or(0, |(leaf, _)| leaf + 1);
+        for block in end..last * LEAF_BLOCKS {
+            if self.get(block).is_some() {
+                self.set(block, None);
+            }
+        }
+    }
+
+    /// Blocks that are not zero.
+    pub(super) fn used(&self) -> impl Iterator<Item = u64> + '_ {
+        self.leaves.iter().flat_map(|(leaf, pages)| {
+            let used = pages.iter().enumerate().filter(|(_, page)| page.is_some());
+            used.map(move |(index, _)| leaf * LEAF_BLOCKS + index as u64)
+        })
     }
 
     pub(super) fn flip(&mut self, addr: u64, bit: u32) {
@@ -115,21 +133,36 @@ impl Image {
     }
 }
 
+/// A change that a crash may take.
+#[derive(Clone)]
+enum Pending {
+    /// Pages at an address, and the syncs that will pass them over.
+    Write(u64, Vec<Option<Page>>, u32),
+    /// The device grew to this length, in bytes.
+    Grow(u64),
+}
+
 /// Both images of a device and the writes between them.
-#[derive(Clone, Default)]
+#[derive(Clone)]
 pub(super) struct State {
+    /// Length in bytes, as callers see it.
+    pub(super) len: u64,
+    /// Length that is certain to be there after a crash.
+    pub(super) durable_len: u64,
     /// What reads see.
     pub(super) live: Image,
     /// What is certain to be there after a crash.
     pub(super) durable: Image,
     /// Completed and not durable, oldest first.
-    pending: Vec<(u64, Vec<Option<Page>>)>,
+    pending: Vec<Pending>,
 }
 
 impl State {
-    /// A device on which all of `image` is durable.
-    pub(super) fn settled(image: Image) -> Self {
+    /// A device of `len` bytes on which all of `image` is durable.
+    pub(super) fn settled(len: u64, image: Image) -> Self {
         Self {
+            len,
+            durable_len: len,
             live: image.clone(),
             durable: image,
             pending: Vec::new(),
@@ -142,32 +175,59 @@ impl State {
 
     pub(super) fn apply(&mut self, event: &Event) {
         match event {
-            Event::Write { addr, pages } => {
+            Event::Write { addr, pages, held } => {
                 self.live.write(*addr, pages);
-                self.pending.push((*addr, pages.clone()));
+                self.pending
+                    .push(Pending::Write(*addr, pages.clone(), *held));
             }
             Event::Discard { addr, len } => {
                 let pages = vec![None; (len / BLOCK_SIZE as u64) as usize];
                 self.live.write(*addr, &pages);
-                self.pending.push((*addr, pages));
+                self.pending.push(Pending::Write(*addr, pages, 0));
             }
-            Event::Sync => {
-                for (addr, pages) in self.pending.drain(..) {
-                    self.durable.write(addr, &pages);
-                }
+            Event::Grow { len } => {
+                self.len = *len;
+                self.pending.push(Pending::Grow(*len));
             }
+            Event::Sync => self.settle(),
             Event::FailedSync { seed } => {
-                self.durable = self.crash(&mut SplitMix64::new(*seed));
+                let (len, image) = self.crash(&mut SplitMix64::new(*seed));
+                (self.durable_len, self.durable) = (len, image);
                 self.pending.clear();
             }
         }
     }
 
-    /// One of the images that a crash now may leave.
-    pub(super) fn crash(&self, rng: &mut SplitMix64) -> Image {
+    fn settle(&mut self) {
+        for change in std::mem::take(&mut self.pending) {
+            let Pending::Write(addr, pages, held) = change else {
+                continue;
+            };
+            if held == 0 {
+                self.durable.write(addr, &pages);
+                continue;
+            }
+            // What was written over it since is not undone when its turn comes.
+            let blocks = (addr / BLOCK_SIZE as u64..).zip(&pages);
+            let mut pairs = blocks.map(|(block, page)| (self.live.get(block), page.as_ref()));
+            let is_newest = pairs.all(|(now, page)| match (now, page) {
+                (None, None) => true,
+                (Some(now), Some(page)) => Arc::ptr_eq(now, page),
+                _ => false,
+            });
+            if is_newest {
+                self.pending.push(Pending::Write(addr, pages, held - 1));
+            }
+        }
+        self.durable_len = self.len;
+    }
+
+    /// One of the images that a crash now may leave, and the length that it has then.
+    pub(super) fn crash(&self, rng: &mut SplitMix64) -> (u64, Image) {
         let mut image = self.durable.clone();
+        let mut len = self.durable_len;
         if self.pending.is_empty() {
-            return image;
+            return (len, image);
         }
         // Where many writes are pending a fair coin for each would never show the images in which
         // a single one is missing, or the only one.
@@ -179,7 +239,15 @@ impl State {
             }
         }
         for index in order {
-            let (addr, pages) = &self.pending[index];
+            let (addr, pages) = match &self.pending[index] {
+                Pending::Write(addr, pages, _) => (addr, pages),
+                Pending::Grow(to) => {
+                    if rng.chance(percent) {
+                        len = len.max(*to);
+                    }
+                    continue;
+                }
+            };
             let torn = rng.chance(20);
             if torn {
                 let mut pages = pages.clone();
@@ -189,6 +257,10 @@ impl State {
                 image.write(*addr, pages);
             }
         }
-        image
+        // What was written behind the end of a file that did not grow is not there.
+        if len < self.len {
+            image.cut(len);
+        }
+        (len, image)
     }
 }

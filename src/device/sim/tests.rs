@@ -231,3 +231,82 @@ fn a_replay_shows_every_moment() {
     assert!(!replay.step());
     assert_eq!(replay.position(), 3);
 }
+
+#[test]
+fn a_delayed_write_is_passed_over_by_some_syncs() {
+    let device = SimDevice::new(LEN, 3);
+    device.fail(FaultOp::Write, 1, Fault::Delayed, Repeat::Once);
+    device.write_at(0, &filled(1, 1)).unwrap();
+    device.write_at(BLOCK, &filled(2, 1)).unwrap();
+    device.sync().unwrap();
+    let image = contents(&device.crash_none());
+    assert_eq!((image[0], image[BLOCK_SIZE]), (0, 2), "reordered");
+    assert_eq!(contents(&device)[0], 1);
+    for _ in 0..10 {
+        device.sync().unwrap();
+    }
+    assert_eq!(contents(&device.crash_none())[0], 1);
+}
+
+#[test]
+fn a_delayed_write_undoes_no_newer_one() {
+    let device = SimDevice::new(LEN, 3);
+    device.fail(FaultOp::Write, 1, Fault::Delayed, Repeat::Once);
+    device.write_at(0, &filled(1, 1)).unwrap();
+    device.write_at(0, &filled(2, 1)).unwrap();
+    for _ in 0..12 {
+        device.sync().unwrap();
+        assert_eq!(contents(&device.crash_none())[0], 2);
+    }
+}
+
+#[test]
+fn a_host_that_fills_up_takes_what_it_has_room_for() {
+    let device = numbered(4, 4);
+    device.limit_space(Some(6));
+    device.write_at(0, &filled(9, 4)).unwrap(); // nothing new
+    let error = device.write_at(3 * BLOCK, &filled(7, 4)).unwrap_err();
+    assert_eq!(error.kind(), io::ErrorKind::StorageFull);
+    let bytes = contents(&device);
+    let first = |block: usize| bytes[block * BLOCK_SIZE];
+    assert_eq!([first(3), first(4), first(5), first(6)], [7, 7, 7, 0]);
+    device.discard(0, BLOCK).unwrap();
+    device.write_at(8 * BLOCK, &filled(5, 1)).unwrap();
+    assert!(device.write_at(0, &filled(5, 1)).is_err(), "given back");
+    device.limit_space(None);
+    device.write_at(0, &filled(5, 1)).unwrap();
+}
+
+#[test]
+fn latency_is_counted_and_only_slept_on_request() {
+    let device = numbered(2, 2);
+    let hour = Duration::from_secs(3600);
+    device.latency(FaultOp::Sync, hour, false);
+    device.sync().unwrap();
+    device.write_at(0, &filled(1, 1)).unwrap();
+    assert_eq!(device.counts().waited, hour);
+    device.latency(FaultOp::Write, Duration::from_millis(2), true);
+    device.latency(FaultOp::Sync, Duration::ZERO, true);
+    let begun = std::time::Instant::now();
+    device.write_at(0, &filled(1, 1)).unwrap();
+    assert!(begun.elapsed() >= Duration::from_millis(2));
+}
+
+#[test]
+fn zeros_and_noise_replace_one_block() {
+    for fault in [Fault::Zeros, Fault::Garbage] {
+        let device = SimDevice::new(LEN, 4);
+        device.fail(FaultOp::Write, 1, fault, Repeat::Once);
+        device.write_at(0, &filled(1, 4)).unwrap();
+        let sound = |bytes: &[u8]| {
+            let blocks = bytes.chunks(BLOCK_SIZE).take(4);
+            blocks.filter(|block| block.iter().all(|b| *b == 1)).count()
+        };
+        assert_eq!(sound(&contents(&device)), 3);
+        device.write_at(0, &filled(1, 4)).unwrap();
+        device.fail(FaultOp::Read, 1, fault, Repeat::Once);
+        let mut read = filled(0, 4);
+        device.read_at(0, &mut read).unwrap();
+        assert_eq!(sound(&read), 3);
+    }
+}

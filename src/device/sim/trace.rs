@@ -3,14 +3,21 @@
 
 use super::SimDevice;
 use super::image::{Page, State};
+use crate::units::BLOCK_SIZE;
 
 /// One change of a device.
 #[derive(Clone)]
 pub(super) enum Event {
-    /// These pages were written at `addr` bytes.
-    Write { addr: u64, pages: Vec<Option<Page>> },
+    /// These pages were written at `addr` bytes; the next `held` syncs pass them over.
+    Write {
+        addr: u64,
+        pages: Vec<Option<Page>>,
+        held: u32,
+    },
     /// `len` bytes at `addr` were given back.
     Discard { addr: u64, len: u64 },
+    /// The device grew to `len` bytes.
+    Grow { len: u64 },
     /// Everything completed is durable.
     Sync,
     /// A sync failed: what is durable follows from the seed.
@@ -20,15 +27,13 @@ pub(super) enum Event {
 /// All changes of a device since [`SimDevice::record`].
 #[derive(Clone)]
 pub struct SimTrace {
-    len: u64,
     base: State,
     events: Vec<Event>,
 }
 
 impl SimTrace {
-    pub(super) fn new(len: u64, base: State) -> Self {
+    pub(super) fn new(base: State) -> Self {
         Self {
-            len,
             base,
             events: Vec::new(),
         }
@@ -81,19 +86,45 @@ impl SimReplay<'_> {
         self.position
     }
 
-    /// True if the event passed last was a write or discard, so that there is something new to
+    /// True if the event passed last was a write, discard or growth, so that there is something new to
     /// lose.
     pub fn is_behind_write(&self) -> bool {
         let last = self.position.checked_sub(1);
         matches!(
             last.and_then(|last| self.trace.events.get(last)),
-            Some(Event::Write { .. } | Event::Discard { .. })
+            Some(Event::Write { .. } | Event::Discard { .. } | Event::Grow { .. })
         )
+    }
+
+    /// What the event passed last did, in words.
+    pub fn describe(&self) -> String {
+        let block = BLOCK_SIZE as u64;
+        let last = self.position.checked_sub(1);
+        match last.and_then(|last| self.trace.events.get(last)) {
+            None => "the beginning".into(),
+            Some(Event::Write { addr, pages, .. }) => {
+                format!(
+                    "a write of {} blocks at block {}",
+                    pages.len(),
+                    addr / block
+                )
+            }
+            Some(Event::Discard { addr, len }) => {
+                format!(
+                    "a discard of {} blocks at block {}",
+                    len / block,
+                    addr / block
+                )
+            }
+            Some(Event::Grow { len }) => format!("growth to {} blocks", len / block),
+            Some(Event::Sync) => "a sync".into(),
+            Some(Event::FailedSync { .. }) => "a sync that failed".into(),
+        }
     }
 
     /// The device as it was here, with what is pending.
     pub fn device(&self, seed: u64) -> SimDevice {
-        SimDevice::from_state(self.trace.len, self.state.clone(), seed)
+        SimDevice::from_state(self.state.clone(), seed)
     }
 
     /// The device after a crash here, as [`SimDevice::crash`].
