@@ -324,6 +324,11 @@ fn create(meta: &mut Meta, record: &Record) -> Result<()> {
         origin_generation: 0,
         origin_time: Time::default(),
     };
+    if meta.has_inode(*ino)? {
+        return Err(Error::corrupt(format!(
+            "an inode that is created exists: ino={ino}"
+        )));
+    }
     meta.next_ino = meta.next_ino.max(ino.0 + 1);
     meta.put_inode(*ino, &inode)?;
     if kind == InodeKind::Symlink {

@@ -12,12 +12,12 @@
 use std::collections::HashSet;
 use std::num::NonZeroUsize;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
 
 use lru::LruCache;
-use parking_lot::{Condvar, Mutex};
 
 use crate::ondisk::Page;
+use crate::sync::atomic::{AtomicU64, Ordering};
+use crate::sync::{Condvar, Mutex, thread};
 
 /// Shards of the cache, so that readers seldom meet.
 const SHARDS: usize = 16;
@@ -97,6 +97,8 @@ impl BlockCache {
 pub(crate) struct Readers {
     epoch: AtomicU64,
     active: [AtomicU64; 2],
+    /// Pins there ever were: tells whether anybody reads.
+    begun: AtomicU64,
 }
 
 /// A reader at work; blocks it can see are not used again.
@@ -107,8 +109,14 @@ pub(crate) struct Pin<'a> {
 }
 
 impl Readers {
+    /// Readers that ever began.
+    pub(crate) fn begun(&self) -> u64 {
+        self.begun.load(Ordering::Relaxed)
+    }
+
     /// Begins to read.
     pub(crate) fn pin(&self) -> Pin<'_> {
+        self.begun.fetch_add(1, Ordering::Relaxed);
         loop {
             let epoch = self.epoch.load(Ordering::SeqCst);
             let slot = (epoch & 1) as usize;
@@ -132,9 +140,9 @@ impl Readers {
         while self.active[slot].load(Ordering::SeqCst) > 0 {
             spins += 1;
             if spins < 100 {
-                std::thread::yield_now();
+                thread::yield_now();
             } else {
-                std::thread::sleep(std::time::Duration::from_micros(100));
+                thread::sleep(std::time::Duration::from_micros(100));
             }
         }
     }

@@ -15,11 +15,13 @@ use crate::units::{Ino, Time};
 
 use super::apply::{blocks_of, load};
 use super::meta::Meta;
-use super::names::{DEPTH_MAX, create_record, from_disk, is_within, living_directory, taken};
+use super::names::{
+    DEPTH_MAX, attr_from, create_record, from_disk, is_within, living_directory, taken,
+};
 use super::namespace::check_name;
 use super::pool::Pool;
 use super::stage::{Stage, StageFile};
-use super::types::{FileKind, NewNode};
+use super::types::{Attr, FileKind, NewNode};
 
 impl Pool {
     /// Clones a file or a whole directory to each of `names` in directory `dir`, all or none, in
@@ -35,6 +37,23 @@ impl Pool {
         names: &[Vec<u8>],
         owner: Option<(u32, u32)>,
         now: Time,
+    ) -> Result<()> {
+        self.clone_tree_if(src, dir, names, owner, now, &|_| Ok(()))
+    }
+
+    /// As [`clone_tree`](Self::clone_tree), if `allows` passes each inode of the tree, as it is at
+    /// the instant of the clone: what was looked at before may have been replaced.
+    ///
+    /// # Errors
+    /// As [`clone_tree`](Self::clone_tree), and those of `allows`.
+    pub fn clone_tree_if(
+        &self,
+        src: Ino,
+        dir: Ino,
+        names: &[Vec<u8>],
+        owner: Option<(u32, u32)>,
+        now: Time,
+        allows: &dyn Fn(&Attr) -> Result<()>,
     ) -> Result<()> {
         names.iter().try_for_each(|name| check_name(name))?;
         let mut distinct: Vec<_> = names.iter().collect();
@@ -73,6 +92,7 @@ impl Pool {
                 bytes: 0,
                 most,
                 staged: 0,
+                allows,
             };
             for name in names {
                 if meta.entry(dir, name)?.is_some() {
@@ -88,7 +108,7 @@ impl Pool {
 }
 
 /// Collects the records that clone a tree.
-struct TreePlan {
+struct TreePlan<'a> {
     owner: Option<(u32, u32)>,
     now: Time,
     /// The next inode number.
@@ -99,9 +119,11 @@ struct TreePlan {
     most: usize,
     /// Staged blocks that the clones will share.
     staged: u64,
+    /// Refuses what must not be cloned.
+    allows: &'a dyn Fn(&Attr) -> Result<()>,
 }
 
-impl TreePlan {
+impl TreePlan<'_> {
     #[allow(clippy::too_many_arguments)]
     fn add(
         &mut self,
@@ -123,6 +145,7 @@ impl TreePlan {
             });
         }
         let inode = load(meta, stage, src)?;
+        (self.allows)(&attr_from(src, &inode, stage))?;
         let ino = Ino(self.next);
         self.next += 1;
         if inode.nlink > 1 && inode.kind != InodeKind::Directory {

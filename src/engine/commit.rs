@@ -6,12 +6,17 @@
 //! 1. There is one leader at a time; only the leader takes batches and appends to the journal.
 //! 2. `durable` counts pushes to the stage, and never moves back. A waiter is answered `Ok` only
 //!    when everything pushed before it asked is durable.
-//! 3. After a failed write or sync nothing is ever answered `Ok` again: the pool is poisoned.
+//! 3. After a failed write or sync nothing is ever answered `Ok` again: the pool is poisoned. Only
+//!    if the host had no space for a batch it stays queued, and a later round may write it.
 //! 4. The cut of a checkpoint goes before everybody who waits: a leader steps down for it, and
 //!    nobody else leads. Whoever it left waiting is led for by the commit thread.
+//! 5. Nobody waits for a leader in name: while the batch of a cut is held because the host refused
+//!    its checkpoint, syncs are refused at once.
 
 use crate::error::{Error, Kind, Result};
+use crate::sync::mpsc;
 
+use super::journal::Cut;
 use super::pool::Pool;
 use super::waiters::Done;
 
@@ -30,7 +35,7 @@ impl Pool {
     /// # Errors
     /// `Poisoned` or `Io` if the device failed; what was not durable may be lost.
     pub fn sync(&self) -> Result<()> {
-        let (sender, receiver) = std::sync::mpsc::channel();
+        let (sender, receiver) = mpsc::channel();
         self.sync_with(Box::new(move |outcome| {
             if sender.send(outcome).is_err() {
                 log::debug!("nobody waits for a sync any more");
@@ -47,10 +52,20 @@ impl Pool {
             return done(Err(error));
         }
         let pushed = self.stage.lock().pushed;
+        if !self.is_threaded() && self.commit.state.lock().held {
+            self.request_checkpoint(); // nobody else would try it again
+        }
         let mut state = self.commit.state.lock();
         if state.durable >= pushed {
             drop(state);
             return done(Ok(()));
+        }
+        if state.held {
+            drop(state);
+            if self.is_threaded() {
+                self.request_checkpoint();
+            }
+            return done(Err(refused_checkpoint())); // I5
         }
         state.waiters.push((pushed, done));
         if state.leader || state.cutting {
@@ -91,7 +106,7 @@ impl Pool {
         self.check_poison()?;
         let mut journal = self.journal.lock();
         let mut stage = self.stage.lock();
-        if !journal.fits(stage.pending_bytes(), checkpoint) {
+        if !stage.is_clean() && !journal.fits(stage.pending_bytes(), checkpoint) {
             return Ok(Round::Full);
         }
         let batch = stage.take();
@@ -99,6 +114,7 @@ impl Pool {
             // The cut: everything up to here is in this checkpoint, nothing behind it.
             stage.freeze(None);
             stage.cut_attrs();
+            stage.closed = self.is_closed();
         }
         drop(stage);
         if !batch.is_empty() {
@@ -107,8 +123,14 @@ impl Pool {
             } else {
                 Ok(())
             };
-            let written = flushed.and_then(|()| journal.append(&batch));
-            written.inspect_err(|error| self.poison(error))?;
+            match flushed.and_then(|()| journal.append(&batch)) {
+                Err(error) if error.kind() == Kind::NoSpace => {
+                    // Nothing is lost: the next round writes it again, to the same place.
+                    self.stage.lock().untake(batch);
+                    return Err(self.host_refused(error));
+                }
+                written => written.inspect_err(|error| self.poison(error))?,
+            }
         }
         if journal.used() > journal.size() / 2 {
             drop(journal);
@@ -141,22 +163,27 @@ impl Pool {
         self.commit.free.notify_all();
     }
 
-    /// Answers everybody with an error. The pool is poisoned.
+    /// Answers everybody with an error and steps down. The pool is poisoned, or the host has no
+    /// space. Only who leads calls it.
     fn fail_waiters(&self, error: &Error) {
         let mut state = self.commit.state.lock();
         state.leader = false;
         let waiters = std::mem::take(&mut state.waiters);
         drop(state);
         self.commit.free.notify_all();
-        waiters
-            .into_iter()
-            .for_each(|(_, done)| done(Err(error.duplicate())));
+        refuse(waiters, error);
+    }
+
+    /// The checkpoint of a delayed cut is tried again: its thread leads meanwhile.
+    pub(crate) fn resume_cut(&self) {
+        self.commit.state.lock().held = false;
     }
 
     /// The cut of a checkpoint: commits everything pending, freezes the stage in the same
     /// instant, and returns the sequence number and position of the first batch behind it.
-    /// The caller holds the gate, so that no metadata changes meanwhile.
-    pub(crate) fn commit_cut(&self) -> Result<(u64, u64)> {
+    /// The caller holds the gate, so that no metadata changes meanwhile, and calls
+    /// [`end_cut`](Self::end_cut) when the checkpoint is durable, or will not be.
+    pub(crate) fn commit_cut(&self) -> Result<Cut> {
         let mut state = self.commit.state.lock();
         state.cutting = true;
         while state.leader {
@@ -168,20 +195,87 @@ impl Pool {
         match self.commit_round(true) {
             Ok(Round::Durable(upto)) => {
                 // Position before anybody else can lead: what follows belongs to the next one.
-                let position = self.journal.lock().position();
+                let (seq, pos) = self.journal.lock().position();
                 let (ready, more) = self.answer(upto, false);
                 self.step_down();
                 ready.into_iter().for_each(|done| done(Ok(())));
                 if more {
                     self.wake_committer(); // I4
                 }
-                Ok(position)
+                let held = None;
+                Ok(Cut { seq, pos, held })
             }
             Ok(Round::Full) => {
-                // What waits is bounded so that this cannot be (`Limits::pending_bytes`).
-                let error = Error::new(Kind::NoSpace, "the journal has no room for a checkpoint");
+                // What waits is bounded so that this happens only behind cuts whose checkpoint was
+                // given up (`host.rs`). This thread leads until `end_cut`.
+                let (seq, pos) = self.journal.lock().position();
+                let mut stage = self.stage.lock();
+                let held = Some(stage.take());
+                stage.freeze(None);
+                stage.cut_attrs();
+                stage.closed = self.is_closed();
+                Ok(Cut { seq, pos, held })
+            }
+            Err(error) => {
                 self.fail_waiters(&error);
                 Err(error)
+            }
+        }
+    }
+
+    /// The checkpoint of a cut is durable or, with an error, was given up.
+    pub(crate) fn end_cut(&self, cut: Cut, error: Option<&Error>) {
+        let Some(batch) = cut.held else {
+            return;
+        };
+        match error {
+            None => {
+                let (ready, more) = self.answer(batch.upto, false);
+                self.step_down();
+                ready.into_iter().for_each(|done| done(Ok(())));
+                if more {
+                    self.wake_committer(); // I4
+                }
+            }
+            Some(error) => {
+                self.stage.lock().untake(batch);
+                self.fail_waiters(error);
+            }
+        }
+    }
+
+    /// The checkpoint of a cut waits until the host has space.
+    pub(crate) fn delay_cut(&self, cut: &Cut, error: &Error) {
+        if cut.held.is_some() {
+            // This thread still leads, in name: nobody may commit, nobody should wait for that.
+            let mut state = self.commit.state.lock();
+            state.held = true; // I5
+            let waiters = std::mem::take(&mut state.waiters);
+            drop(state);
+            refuse(waiters, error);
+        }
+    }
+
+    /// Makes durable what waits when there was no space for the last checkpoint of a pool.
+    pub(crate) fn commit_rest(&self) -> Result<()> {
+        let mut state = self.commit.state.lock();
+        while state.leader && !state.held {
+            self.commit.free.wait(&mut state);
+        }
+        if state.held {
+            return Err(refused_checkpoint());
+        }
+        state.leader = true;
+        drop(state);
+        match self.commit_round(false) {
+            Ok(Round::Durable(upto)) => {
+                let (ready, _) = self.answer(upto, true);
+                ready.into_iter().for_each(|done| done(Ok(())));
+                Ok(())
+            }
+            Ok(Round::Full) => {
+                self.step_down();
+                Err(Error::new(Kind::NoSpace, "the journal is full"))
             }
             Err(error) => {
                 self.fail_waiters(&error);
@@ -202,13 +296,34 @@ impl Pool {
         self.lead();
     }
 
-    /// Answers those who wait after the pool was poisoned elsewhere.
+    /// Answers those who wait when the pool was poisoned, or a checkpoint failed, elsewhere.
     pub(crate) fn commit_failed(&self, error: &Error) {
-        let state = self.commit.state.lock();
+        let mut state = self.commit.state.lock();
         if state.leader {
             return; // the leader notices
         }
+        // Under the same hold, and nobody steps down: whoever leads from now on is another thread.
+        let waiters = std::mem::take(&mut state.waiters);
         drop(state);
-        self.fail_waiters(error);
+        refuse(waiters, error);
     }
 }
+
+/// What they are told who would wait for a leader in name.
+fn refused_checkpoint() -> Error {
+    Error::new(
+        Kind::NoSpace,
+        "the journal is full and the host has no space for a checkpoint: free some on the \
+         filesystem that holds the pool",
+    )
+}
+
+/// Tells each of `waiters` that it was refused. Called with no lock held.
+fn refuse(waiters: Vec<(u64, Done)>, error: &Error) {
+    waiters
+        .into_iter()
+        .for_each(|(_, done)| done(Err(error.duplicate())));
+}
+
+#[cfg(test)]
+mod tests;

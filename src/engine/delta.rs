@@ -19,8 +19,11 @@ pub(crate) struct Delta {
 }
 
 impl Delta {
-    /// Adds `change` to the count of each block of the run.
+    /// Adds `change` to the count of each block of the run; a lost one has none.
     pub(crate) fn add(&mut self, run: Extent, change: i64) {
+        if run.is_lost() {
+            return;
+        }
         self.add_range(run.block, run.end(), change);
     }
 

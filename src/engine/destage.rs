@@ -7,7 +7,8 @@
 //!    other.
 //! 2. A block is mapped only if it is still the frozen one: what was overwritten, truncated or
 //!    punched meanwhile is dropped, and its new place is free again.
-//! 3. Blocks of a file go to consecutive places in the order of the file.
+//! 3. If the host has no space blocks stay staged, as if nothing had been tried.
+//! 4. Blocks of a file go to consecutive places in the order of the file.
 
 use std::sync::Arc;
 
@@ -19,6 +20,7 @@ use crate::units::{BLOCK_SIZE, Ino};
 use super::apply::mapped_now;
 use super::meta::Meta;
 use super::pool::Pool;
+use super::space::Class;
 use super::stage::Staged;
 
 /// Blocks placed in one step: 4 MiB, one large write, and mapped under one hold of the trees.
@@ -74,13 +76,14 @@ impl Pool {
         Ok(())
     }
 
-    /// Writes staged blocks to new places.
+    /// Writes staged blocks to new places; if the host has no space for them, to where it keeps
+    /// some for the pool.
     fn place_staged(&self, blocks: &[(u64, Staged)]) -> Result<Vec<Placed>> {
         let full = blocks
             .iter()
             .filter(|(_, staged)| staged.data.is_some())
             .count();
-        let runs = match self.alloc_runs(full as u32) {
+        let runs = match self.alloc_runs(Class::Data, full as u32) {
             Err(error) if error.kind() == Kind::NoSpace => {
                 // The reserve should make this impossible; without a place nothing can go on.
                 self.poison(&error);
@@ -88,6 +91,26 @@ impl Pool {
             }
             runs => runs?,
         };
+        match self.write_staged_to(blocks, &runs) {
+            Err(error) if error.kind() == Kind::NoSpace => self.free_unused(runs),
+            Ok(placed) => {
+                if full > 0 {
+                    self.host_accepted();
+                }
+                return Ok(placed);
+            }
+            failed => return failed,
+        }
+        let runs = self.alloc_runs(Class::Rescue, full as u32)?;
+        let placed = self.write_staged_to(blocks, &runs);
+        placed.inspect_err(|error| {
+            if error.kind() == Kind::NoSpace {
+                self.free_unused(runs); // I3
+            }
+        })
+    }
+
+    fn write_staged_to(&self, blocks: &[(u64, Staged)], runs: &[Extent]) -> Result<Vec<Placed>> {
         let mut places = runs.iter().flat_map(|run| run.block..run.end());
         let placed: Vec<Placed> = blocks
             .iter()

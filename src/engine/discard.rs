@@ -7,10 +7,12 @@
 //!    them missing.
 //! 2. Blocks come here once the checkpoint that freed them is durable and nobody reads them any
 //!    more, as for allocation.
-//! 3. It is best effort: what waits when the daemon dies, or beyond `WAITING_MAX` of `space.rs`,
-//!    is not given back before it is used and freed again.
+//! 3. It is best effort: what waits beyond `WAITING_MAX` of `space.rs` is not given back before it
+//!    is used and freed again. What waited when the daemon died is found by giving back all that is
+//!    free, in slices in the background, after the journal was replayed.
 
 use crate::error::{Kind, Result};
+use crate::ondisk::superblock::FLAG_PREALLOCATED;
 use crate::units::BLOCK_SIZE;
 
 use super::meta::Meta;
@@ -30,7 +32,8 @@ impl Pool {
     /// back is no error.
     pub(crate) fn discard_some(&self) -> Result<bool> {
         self.check_poison()?;
-        if self.read_only || !self.meta.read().space.has_discards() {
+        let keeps = || self.superblock.lock().flags & FLAG_PREALLOCATED != 0;
+        if self.read_only || keeps() || !self.meta.read().space.has_discards() {
             return Ok(false);
         }
         let _one = self.checkpointing.lock(); // I1

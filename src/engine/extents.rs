@@ -2,7 +2,8 @@
 //!
 //! Invariants:
 //!
-//! 1. Extents of one file do not overlap. Each refers to blocks that have a reference for it.
+//! 1. Extents of one file do not overlap. Each refers to blocks that have a reference for it, but
+//!    for those that a repair has marked as lost: they have no blocks, and cannot be read.
 //! 2. Neighbours that continue each other in the file and in the pool are one extent.
 //! 3. Every block that an extent refers to has its checksum in the checksum tree; those of free
 //!    blocks are left over and mean nothing.
@@ -46,6 +47,11 @@ impl Mapped {
             .head((end - start) as u32);
         Some(Self { at: start, extent })
     }
+}
+
+/// True if `right` is where `left` ends in the pool, or both are lost.
+fn continues(left: Extent, right: Extent) -> bool {
+    left.is_lost() == right.is_lost() && (left.is_lost() || left.end() == right.block)
 }
 
 fn decode(key: u128, value: &[u8]) -> Result<Mapped> {
@@ -175,8 +181,10 @@ impl Meta {
             && let Some((key, value)) = self.floor(*root, kind, u128::from(before))?
         {
             let left = decode(key, &value)?;
-            let joins = left.end() == at && left.extent.end() == extent.block;
-            if joins && left.extent.len + extent.len <= EXTENT_BLOCKS_MAX {
+            if left.end() == at
+                && continues(left.extent, extent)
+                && left.extent.len + extent.len <= EXTENT_BLOCKS_MAX
+            {
                 let len = left.extent.len + extent.len;
                 new = Mapped {
                     at: left.at,
@@ -186,7 +194,7 @@ impl Meta {
         }
         if let Some(value) = self.get(*root, kind, u128::from(new.end()))? {
             let right = decode_extent(&value)?;
-            if new.extent.end() == right.block && new.extent.len + right.len <= EXTENT_BLOCKS_MAX {
+            if continues(new.extent, right) && new.extent.len + right.len <= EXTENT_BLOCKS_MAX {
                 self.remove(root, kind, u128::from(new.end()))?;
                 new.extent.len += right.len;
             }
@@ -286,6 +294,9 @@ impl Meta {
 
     /// Blocks of a run with a single reference.
     fn unshared(&self, run: Extent) -> Result<u64> {
+        if run.is_lost() {
+            return Ok(0);
+        }
         if !self.space.contains(run) {
             return Err(Error::corrupt(format!(
                 "extent lies outside the pool: block={} len={}",

@@ -17,9 +17,11 @@ use crate::ondisk::extent::Extent;
 use crate::ondisk::inode::{FILE_SIZE_MAX, FLAG_PINNED};
 use crate::ondisk::record::Record;
 use crate::ondisk::{Page, crc32c, is_zero};
+use crate::sync::atomic::Ordering;
 use crate::units::{BLOCK_SIZE, Ino, Time};
 
 use super::apply::{apply, attr_of, blocks_of};
+use super::counters::Counters;
 use super::extents::Mapped;
 use super::meta::Meta;
 use super::pool::Pool;
@@ -162,11 +164,16 @@ impl Pool {
             missing: Vec::new(),
         };
         let mut runs: Vec<Mapped> = Vec::new();
+        let mut lost = None;
         meta.mapped(inode.root, from, to.min(blocks_of(size)), &mut |part| {
             for i in 0..part.extent.len {
                 let (at, block) = (part.at + u64::from(i), part.extent.block + u64::from(i));
                 if plan.staged.contains_key(&at) {
                     continue;
+                }
+                if part.extent.is_lost() {
+                    lost = Some(at);
+                    return ControlFlow::Break(());
                 }
                 if let Some(page) = self.cache.get(block) {
                     plan.cached.push((at, page));
@@ -184,6 +191,12 @@ impl Pool {
             }
             ControlFlow::Continue(())
         })?;
+        if let Some(at) = lost {
+            return Err(Error::corrupt(format!(
+                "this part of the file was lost, and a repair marked it: ino={ino} file block={at}; \
+                 write it anew or punch a hole"
+            )));
+        }
         for run in runs {
             plan.missing.push((run, meta.sums(run.extent)?));
         }
@@ -205,7 +218,7 @@ impl Pool {
             let page = match self.cache.wait(block) {
                 Some(page) => page,
                 // Evicted at once, or the other reader failed.
-                None => self.fetch_block(block, sums[i as usize])?,
+                None => self.fetch_block(part.at + i, block, sums[i as usize])?,
             };
             overlay(target, offset, (part.at + i) * B, Some(&page));
         }
@@ -268,7 +281,7 @@ impl Pool {
                 })?;
             for (i, (bytes, sum)) in buffer.chunks_exact(BLOCK_SIZE).zip(sums).enumerate() {
                 let block = first + i as u64;
-                check_sum(block, bytes, *sum)?;
+                check_sum(&self.counters, at + i as u64, block, bytes, *sum)?;
                 if keep {
                     let mut page: Arc<Page> = Arc::new([0; BLOCK_SIZE]);
                     Arc::make_mut(&mut page).copy_from_slice(bytes);
@@ -286,13 +299,13 @@ impl Pool {
         Ok(())
     }
 
-    fn fetch_block(&self, block: u64, sum: u32) -> Result<Arc<Page>> {
+    fn fetch_block(&self, at: u64, block: u64, sum: u32) -> Result<Arc<Page>> {
         let mut page: Arc<Page> = Arc::new([0; BLOCK_SIZE]);
         let bytes = &mut Arc::make_mut(&mut page)[..];
         self.device
             .read_at(block * B, bytes)
             .map_err(|source| Error::io(format!("cannot read the pool: block={block}"), source))?;
-        check_sum(block, bytes, sum)?;
+        check_sum(&self.counters, at, block, bytes, sum)?;
         Ok(page)
     }
 
@@ -354,14 +367,22 @@ impl Pool {
         &self,
         mut attempt: impl FnMut() -> Result<Attempt<T>>,
     ) -> Result<T> {
+        let mut alone = None;
         loop {
-            match attempt() {
+            let outcome = attempt();
+            let was_alone = alone.take().is_some();
+            match outcome {
                 Ok(Attempt::Done(value)) => return Ok(value),
                 Ok(Attempt::QueueFull) => self.sync()?,
                 Ok(Attempt::Pinned(ino)) => self.end_clone(ino)?,
-                Err(error) if error.kind() == Kind::NoSpace => {
-                    if !self.make_space()? {
+                Err(error) if error.kind() == Kind::NoSpace && !was_alone => {
+                    if self.is_host_full() {
                         return Err(error);
+                    }
+                    if !self.make_space()? {
+                        // A discard takes free blocks for a while; one that ended before the
+                        // look at the space makes no difference to it. So once without any.
+                        alone = Some(self.checkpointing.lock());
                     }
                 }
                 Err(error) => return Err(error),
@@ -372,6 +393,7 @@ impl Pool {
     fn write_staged(&self, ino: Ino, offset: u64, data: &[u8], now: Time) -> Result<()> {
         loop {
             self.throttle()?;
+            self.check_host()?;
             match self.with_space(|| self.try_write_staged(ino, offset, data, now))? {
                 Step::Done => return Ok(()),
                 Step::Pinned => self.end_clone(ino)?,
@@ -405,6 +427,7 @@ impl Pool {
                 blocks.push((block, staged(&whole)));
             }
         }
+        self.check_rescue(blocks.len() as u64)?;
         self.counters.reserve(blocks.len() as u64)?;
         let outcome = self.stage_blocks(ino, &blocks, end, now);
         if !matches!(outcome, Ok(Attempt::Done(Step::Done))) {
@@ -515,12 +538,31 @@ impl Pool {
     /// Writes the blocks of `data` that are not zero to new places. Returns the records that
     /// map them to file blocks from `first` on; zeros become holes.
     fn place(&self, ino: Ino, first: u64, data: &[u8], now: Time) -> Result<Vec<Record>> {
-        let blocks: Vec<&[u8]> = data.chunks_exact(BLOCK_SIZE).collect();
-        let zero: Vec<bool> = blocks.iter().map(|block| is_zero(block)).collect();
-        let mut runs = self.alloc_runs(zero.iter().filter(|zero| !**zero).count() as u32)?;
+        let zero: Vec<bool> = data.chunks_exact(BLOCK_SIZE).map(is_zero).collect();
+        let count = zero.iter().filter(|zero| !**zero).count() as u32;
+        let runs = self.alloc_runs(Class::Data, count)?;
+        let placed = self.place_in(&runs, ino, first, data, &zero, now);
+        match &placed {
+            Ok(_) if count > 0 => self.host_accepted(),
+            Err(error) if error.kind() == Kind::NoSpace => self.free_unused(runs),
+            _ => {}
+        }
+        placed
+    }
+
+    fn place_in(
+        &self,
+        runs: &[Extent],
+        ino: Ino,
+        first: u64,
+        data: &[u8],
+        zero: &[bool],
+        now: Time,
+    ) -> Result<Vec<Record>> {
+        let mut runs = runs.to_vec();
         let mut records = Vec::new();
         let mut i = 0;
-        while i < blocks.len() {
+        while i < zero.len() {
             let len = zero[i..].iter().take_while(|is| **is == zero[i]).count();
             let at = first + i as u64;
             if zero[i] {
@@ -560,13 +602,13 @@ impl Pool {
         Ok(records)
     }
 
-    /// Allocates `count` blocks for data, in as few runs as there are.
-    pub(crate) fn alloc_runs(&self, count: u32) -> Result<Vec<Extent>> {
+    /// Allocates `count` blocks, in as few runs as there are.
+    pub(crate) fn alloc_runs(&self, class: Class, count: u32) -> Result<Vec<Extent>> {
         let mut runs: Vec<Extent> = Vec::new();
         let mut left = count;
         let mut meta = self.meta.write();
         while left > 0 {
-            match meta.alloc(Class::Data, left) {
+            match meta.alloc(class, left) {
                 Ok(run) => {
                     left -= run.len;
                     runs.push(run);
@@ -578,6 +620,16 @@ impl Pool {
             }
         }
         Ok(runs)
+    }
+
+    /// Frees blocks that were allocated and are not referred to: the host had no space for what
+    /// should be written to them.
+    pub(crate) fn free_unused(&self, runs: Vec<Extent>) {
+        let mut meta = self.meta.write();
+        for run in runs.into_iter().rev() {
+            (run.block..run.end()).for_each(|block| self.cache.remove(block));
+            meta.space.unalloc_refused(run);
+        }
     }
 
     /// Applies a record that was checked before; damage found now poisons the pool.
@@ -597,12 +649,15 @@ impl Pool {
     }
 }
 
-fn check_sum(block: u64, bytes: &[u8], sum: u32) -> Result<()> {
+/// `at`: the block of the file, for the message.
+fn check_sum(counters: &Counters, at: u64, block: u64, bytes: &[u8], sum: u32) -> Result<()> {
     if crc32c(bytes) == sum {
         return Ok(());
     }
+    counters.damaged.fetch_add(1, Ordering::Relaxed);
     Err(Error::corrupt(format!(
-        "a data block is not what was written: block={block}; run scrub to find the files"
+        "a data block is not what was written: offset={} block={block}; run scrub to find all files",
+        at.saturating_mul(B)
     )))
 }
 

@@ -109,6 +109,13 @@ impl Meta {
         Ok(meta)
     }
 
+    /// Reads of nodes that were not what had been written.
+    pub(crate) fn damaged_nodes(&self) -> u64 {
+        self.nodes
+            .damaged
+            .load(crate::sync::atomic::Ordering::Relaxed)
+    }
+
     /// The node that `at` refers to.
     pub(crate) fn node(&self, kind: TreeKind, level: u8, at: NodeRef) -> Result<Arc<Node>> {
         let found = self
@@ -261,8 +268,8 @@ impl Meta {
         }
     }
 
-    /// Takes a certain run, as replay does.
-    pub(crate) fn alloc_exact(&mut self, run: Extent) -> Result<()> {
+    /// Takes a certain run that replay is going to map.
+    pub(crate) fn hold(&mut self, run: Extent) -> Result<()> {
         if run.len == 0
             || run.block.checked_add(u64::from(run.len)).is_none()
             || !self.space.contains(run)
@@ -275,7 +282,7 @@ impl Meta {
         for group in self.space.missing_groups(run) {
             self.load_group(group)?;
         }
-        self.space.take_exact(run, self.generation)
+        self.space.hold(run, self.generation)
     }
 
     /// Loads the bitmap of a group that has none in memory.
@@ -448,15 +455,30 @@ impl Meta {
         self.dirty.contains_key(&block)
     }
 
+    /// The node at `block`, if it is one that the device does not hold yet.
+    pub(crate) fn unwritten(&self, block: u64) -> Option<&Arc<Node>> {
+        let found = self.dirty.get(&block);
+        found.or_else(|| self.writing.get(&block))
+    }
+
+    /// Identity of the pool, which every node carries.
+    pub(crate) fn pool_id(&self) -> u64 {
+        self.nodes.pool
+    }
+
     /// Hands the sealed nodes of this generation to a checkpoint and begins the next one.
-    pub(crate) fn next_generation(&mut self) -> Arc<HashMap<u64, Arc<Node>>> {
+    pub(crate) fn next_generation(&mut self) {
         assert!(self.writing.is_empty(), "one checkpoint at a time");
         self.writing = Arc::new(std::mem::take(&mut self.dirty));
         self.publish();
         self.generation += 1;
         self.changed_files.clear();
         self.detached_dirty = false;
-        self.writing.clone()
+    }
+
+    /// The nodes that a checkpoint is writing.
+    pub(crate) fn being_written(&self) -> Arc<HashMap<u64, Arc<Node>>> {
+        Arc::clone(&self.writing)
     }
 
     /// The nodes of the last generation are durable: from now on they come from the cache.

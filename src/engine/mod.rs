@@ -3,13 +3,17 @@
 //!
 //! From the bottom up, each using only what stands above it in this list:
 //!
-//! - structures: `nodes` (clean tree nodes), `delta` (changed reference counts), `space` (free
-//!   blocks), `cache` (data blocks), `waiters` (of a group commit), `meta` (the trees and their dirty
-//!   nodes), `tree` (the B+tree);
+//! - structures: `nodes` (clean tree nodes), `delta` (changed reference counts), `counters` (how
+//!   much is free and promised), `slots` (superblocks), `space` (free blocks), `refusals` (of the
+//!   host), `cache` (data blocks), `waiters` (of a group
+//!   commit), `heartbeat` (no second host), `syncs` (of the device), `meta` (the trees and their
+//!   dirty nodes), `tree` (the B+tree);
 //! - meanings: `extents` (maps of files), `namespace` (inodes and names), `stage` (blocks without
-//!   a place), `journal` (the ring), `apply` (what each record does);
-//! - procedures: `pool` (locks and limits), `commit` (group commit), `file`, `range`, `names`,
-//!   `clone_tree` (what callers ask for), `destage`, `checkpoint`, `recover`, `worker`, `check`.
+//!   a place), `journal` (the ring), `apply` (what each record does),
+//!   `salvage` (which records still have something to act on);
+//! - procedures: `pool` (locks and limits), `host` (a host without space), `commit` (group commit),
+//!   `file`, `range`, `names`, `clone_tree` (what callers ask for), `destage`, `checkpoint`, `grow`,
+//!   `replay`, `recover`, `worker`, `check`, `scrub`, `repair`.
 
 mod apply;
 mod cache;
@@ -17,11 +21,15 @@ mod check;
 mod checkpoint;
 mod clone_tree;
 mod commit;
+mod counters;
 mod delta;
 mod destage;
 mod discard;
 mod extents;
 mod file;
+mod grow;
+mod heartbeat;
+mod host;
 mod journal;
 mod meta;
 mod names;
@@ -30,15 +38,25 @@ mod nodes;
 mod pool;
 mod range;
 mod recover;
+mod refusals;
+mod repair;
+mod replay;
+mod salvage;
+mod scrub;
+mod slots;
 mod space;
 mod stage;
+mod syncs;
 mod tree;
 mod types;
 mod waiters;
 mod worker;
 
+pub use heartbeat::{BEAT_INTERVAL, Heartbeat, Identity, refuse_active};
 pub use pool::Pool;
+pub use scrub::{DamagedFile, Scrub, ScrubOptions, ScrubPhase, ScrubState, ScrubStatus};
 pub use types::{
-    Attr, CreateOptions, DirEntry, FileKind, FileUsage, Finding, NewNode, OpenOptions, Origin,
-    PoolInfo, RenameMode, SetAttr, Usage, XattrMode,
+    Action, Attr, CheckCounts, CheckOptions, CheckReport, CreateOptions, DirEntry, FileKind,
+    FilePlace, FileUsage, Finding, Health, NewNode, OpenOptions, Origin, PoolInfo, RenameMode,
+    RepairReport, Replayed, SetAttr, Usage, XattrMode,
 };

@@ -42,7 +42,7 @@ fn to_disk(kind: FileKind) -> InodeKind {
     }
 }
 
-fn attr_from(ino: Ino, inode: &Inode, stage: &Stage) -> Attr {
+pub(crate) fn attr_from(ino: Ino, inode: &Inode, stage: &Stage) -> Attr {
     let staged = stage.file(ino).is_some_and(|file| !file.is_empty());
     Attr {
         ino,
@@ -68,17 +68,22 @@ fn attr_from(ino: Ino, inode: &Inode, stage: &Stage) -> Attr {
     }
 }
 
+/// A name for people: what would move the cursor of a terminal, or break a log, is escaped.
+fn shown_name(name: &[u8]) -> String {
+    String::from_utf8_lossy(name).escape_debug().to_string()
+}
+
 fn missing(name: &[u8]) -> Error {
     Error::new(
         Kind::NotFound,
-        format!("no such name: {}", String::from_utf8_lossy(name)),
+        format!("no such name: {}", shown_name(name)),
     )
 }
 
 pub(crate) fn taken(name: &[u8]) -> Error {
     Error::new(
         Kind::Exists,
-        format!("the name exists: {}", String::from_utf8_lossy(name)),
+        format!("the name exists: {}", shown_name(name)),
     )
 }
 
@@ -452,8 +457,15 @@ impl Pool {
             self.wake_worker();
             return Ok(());
         }
-        while self.reap()? {}
-        Ok(())
+        loop {
+            match self.reap() {
+                Ok(true) => {}
+                Ok(false) => return Ok(()),
+                // The rest waits until the host has space.
+                Err(error) if error.kind() == Kind::NoSpace => return Ok(()),
+                Err(error) => return Err(error),
+            }
+        }
     }
 }
 

@@ -16,17 +16,19 @@ use siphasher::sip::SipHasher13;
 use crate::error::{Error, Kind, Result};
 use crate::ondisk::extent::Root;
 use crate::ondisk::inode::{
-    Entry, Inode, InodeKind, KeyType, NAME_MAX, REST_MAX, decode_entries, encode_entries, key,
-    split_key,
+    Entry, Inode, InodeKind, KeyType, NAME_MAX, NUMBER_MAX, REST_MAX, TARGET_MAX, XATTR_VALUE_MAX,
+    decode_entries, decode_xattr, encode_entries, key, split_key,
 };
 use crate::ondisk::node::{TreeKind, VALUE_MAX};
-use crate::ondisk::{get_u16, get_u32};
 use crate::units::Ino;
 
 use super::meta::Meta;
 
 /// Pieces of a long value that one key can count.
 const PIECES: u64 = 1 << 16;
+
+/// Longest value in pieces: an extended attribute with its name and two lengths.
+const LONG_MAX: usize = XATTR_VALUE_MAX + NAME_MAX + 6;
 
 /// Checks a name before it goes into a directory.
 pub(crate) fn check_name(name: &[u8]) -> Result<()> {
@@ -80,6 +82,37 @@ impl Meta {
                 format!("no such inode: ino={ino}"),
             )),
         }
+    }
+
+    /// True if there is an inode of this number.
+    pub(crate) fn has_inode(&self, ino: Ino) -> Result<bool> {
+        Ok(self.fetch(key(ino.0, KeyType::Inode, 0))?.is_some())
+    }
+
+    /// Moves the counters of inodes and of detached extent maps behind the numbers that are in
+    /// use: a superblock that says otherwise must not make new files overwrite old ones.
+    ///
+    /// # Errors
+    /// `Corrupt` if there is no number left.
+    pub(crate) fn skip_taken_numbers(&mut self) -> Result<()> {
+        let last = |at: u128| match self.floor(self.namespace, TreeKind::Namespace, at) {
+            Ok(found) => found.map(|(key, _)| split_key(key)),
+            // The number is looked at again before it is used; what can be read must open.
+            Err(error) => {
+                log::warn!("the last numbers in use are not known: {error}");
+                None
+            }
+        };
+        let ino = last(u128::MAX).map_or(0, |(ino, ..)| ino);
+        let detached = last(key(0, KeyType::Detached, REST_MAX))
+            .filter(|(_, kind, _)| *kind == KeyType::Detached.code())
+            .map_or(0, |(.., id)| id);
+        if ino >= NUMBER_MAX || detached >= NUMBER_MAX {
+            return Err(Error::corrupt("the pool has no numbers left; run check"));
+        }
+        self.next_ino = self.next_ino.max(ino + 1);
+        self.next_detached = self.next_detached.max(detached + 1);
+        Ok(())
     }
 
     /// The record of a regular file.
@@ -360,15 +393,21 @@ impl Meta {
     fn long(&self, base: u128) -> Result<Option<Vec<u8>>> {
         let mut value = None;
         let mut next = base;
+        let too_long = || Error::corrupt("a value of many pieces is longer than any can be");
         self.scan(
             self.namespace,
             TreeKind::Namespace,
             base,
             base + u128::from(PIECES),
             &mut |key, piece| {
-                if key == next {
-                    next += 1;
-                    value.get_or_insert_with(Vec::new).extend_from_slice(piece);
+                if key != next {
+                    return Ok(false);
+                }
+                next += 1;
+                let value: &mut Vec<u8> = value.get_or_insert_default();
+                value.extend_from_slice(piece);
+                if value.len() > LONG_MAX {
+                    return Err(too_long());
                 }
                 Ok(true)
             },
@@ -383,8 +422,13 @@ impl Meta {
 
     /// The target of a symlink.
     pub(crate) fn target(&self, ino: Ino) -> Result<Vec<u8>> {
-        let target = self.long(key(ino.0, KeyType::Symlink, 0))?;
-        target.ok_or_else(|| Error::corrupt(format!("symlink has no target: ino={ino}")))
+        match self.long(key(ino.0, KeyType::Symlink, 0))? {
+            Some(target) if target.len() <= TARGET_MAX => Ok(target),
+            Some(_) => Err(Error::corrupt(format!(
+                "symlink has a target that is too long: ino={ino}"
+            ))),
+            None => Err(Error::corrupt(format!("symlink has no target: ino={ino}"))),
+        }
     }
 
     fn xattr_key(&self, ino: Ino, name: &[u8]) -> u128 {
@@ -453,17 +497,4 @@ impl Meta {
         }
         Ok(found)
     }
-}
-
-/// Name and value of an attribute: lengths of name (u16) and value (u32), name, value.
-fn decode_xattr(raw: &[u8]) -> Result<(&[u8], &[u8])> {
-    let bad = || Error::corrupt("extended attribute is malformed");
-    if raw.len() < 6 {
-        return Err(bad());
-    }
-    let (name_len, value_len) = (usize::from(get_u16(raw, 0)), get_u32(raw, 2) as usize);
-    if raw.len() != 6 + name_len + value_len {
-        return Err(bad());
-    }
-    Ok(raw[6..].split_at(name_len))
 }

@@ -10,20 +10,48 @@
 //! [`put`]: NodeCache::put
 //! [`get`]: NodeCache::get
 
+use std::cell::Cell;
 use std::num::NonZeroUsize;
 use std::sync::Arc;
 
 use lru::LruCache;
-use parking_lot::Mutex;
 
 use crate::device::BlockDevice;
 use crate::error::{Error, Result};
 use crate::ondisk::extent::NodeRef;
 use crate::ondisk::node::{Node, TreeKind};
+use crate::sync::Mutex;
+use crate::sync::atomic::{AtomicU64, Ordering};
 use crate::units::BLOCK_SIZE;
 
+/// How often a node is read before it counts as damaged. What fails once only must not end a
+/// checkpoint, which cannot go on without the node and would poison the pool.
+const TRIES: u32 = 3;
 /// Shards of the cache, so that readers seldom meet.
 const SHARDS: usize = 8;
+
+thread_local! {
+    static QUIET: Cell<bool> = const { Cell::new(false) };
+}
+
+/// While it lives, what this thread reads is not kept in the cache: a walk over everything must
+/// not drive out what guests use.
+#[derive(Debug)]
+pub(crate) struct Quiet(());
+
+impl Quiet {
+    /// Begins. One at a time in a thread.
+    pub(crate) fn begin() -> Self {
+        QUIET.set(true);
+        Self(())
+    }
+}
+
+impl Drop for Quiet {
+    fn drop(&mut self) {
+        QUIET.set(false);
+    }
+}
 
 /// The cache of clean nodes, and the way to the device behind it.
 #[derive(Debug)]
@@ -31,6 +59,8 @@ pub(crate) struct NodeCache {
     device: Arc<dyn BlockDevice>,
     /// Identity of the pool, which every node carries.
     pub(crate) pool: u64,
+    /// Reads of nodes that were not what had been written.
+    pub(crate) damaged: AtomicU64,
     /// Nodes by block. Rank 7 in the lock order: nothing is locked while one is held.
     shards: Vec<Mutex<LruCache<u64, Arc<Node>>>>,
 }
@@ -45,6 +75,7 @@ impl NodeCache {
         Self {
             device,
             pool,
+            damaged: AtomicU64::new(0),
             shards,
         }
     }
@@ -62,7 +93,6 @@ impl NodeCache {
         {
             return Ok(node.clone());
         }
-        let mut page = Box::new([0; BLOCK_SIZE]);
         let addr = at
             .block
             .checked_mul(BLOCK_SIZE as u64)
@@ -73,15 +103,33 @@ impl NodeCache {
                 at.block
             )));
         };
+        let mut tries = 1;
+        let node = loop {
+            match self.read(addr, kind, level, at) {
+                Err(error) if tries < TRIES => {
+                    tries += 1;
+                    log::warn!("reading once more: {error}");
+                }
+                outcome => break Arc::new(outcome?),
+            }
+        };
+        if !QUIET.get() {
+            self.put(node.clone());
+        }
+        Ok(node)
+    }
+
+    fn read(&self, addr: u64, kind: TreeKind, level: u8, at: NodeRef) -> Result<Node> {
+        let mut page = Box::new([0; BLOCK_SIZE]);
         self.device.read_at(addr, &mut page[..]).map_err(|source| {
             Error::io(
                 format!("cannot read a tree node: block={}", at.block),
                 source,
             )
         })?;
-        let node = Arc::new(Node::verify(page, kind, level, at, self.pool)?);
-        self.put(node.clone());
-        Ok(node)
+        Node::verify(page, kind, level, at, self.pool).inspect_err(|_| {
+            self.damaged.fetch_add(1, Ordering::Relaxed);
+        })
     }
 
     /// Keeps a node that was just read or written.

@@ -12,35 +12,40 @@
 //! | 5 | `meta` | the trees |
 //! | 6 | `journal` | the ring; its device I/O |
 //! | 7 | `stage` | staged blocks and the queue for the journal |
-//! | 8 | `commit`, `poison`, caches | single fields; nothing is taken while one is held |
+//! | 8 | `commit`, `poison`, `syncs`, caches | single fields, one sync; nothing is taken while one is held |
 //!
 //! Invariants:
 //!
 //! 1. After a failed write or sync of the device nothing is acknowledged any more, and what
 //!    failed is not tried again: its state on the device is unknown (`device/mod.rs`, point 3).
+//!    A write that failed because the host has no space is another matter: see `host.rs`.
 //! 2. Whatever changes metadata holds the gate, so that a checkpoint is the state of one instant.
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
-
-use parking_lot::{Condvar, Mutex, RwLock, RwLockReadGuard, RwLockWriteGuard};
 
 use crate::device::{BlockDevice, BouncePool};
 use crate::error::{Error, Kind, Result};
 use crate::ondisk::superblock::{FLAG_CLEAN, FLAG_EXTERNAL_JOURNAL, SB_VERSION, Superblock};
+use crate::sync::atomic::{AtomicBool, Ordering};
+use crate::sync::thread::JoinHandle;
+use crate::sync::{Condvar, Mutex, RwLock, RwLockReadGuard, RwLockWriteGuard};
 use crate::units::{BLOCK_SIZE, Ino};
 
 use super::cache::{BlockCache, Readers};
+use super::heartbeat::Heartbeat;
 
-use super::journal::Journal;
+use super::counters::Counters;
+use super::journal::{Cut, Journal};
 use super::meta::Meta;
-use super::space::Counters;
+use super::refusals::HostState;
 use super::stage::Stage;
-use super::types::{OpenOptions, PoolInfo, Usage};
+use super::syncs::Syncs;
+use super::types::{Health, OpenOptions, PoolInfo, Replayed, Usage};
 use super::waiters::Commit;
 
-/// Locks that files share by their inode number.
-const FILE_LOCKS: usize = 1024;
+/// Locks that files share by their inode number. Few of them for the model checker, which makes
+/// thousands of pools.
+const FILE_LOCKS: usize = if cfg!(feature = "shuttle") { 8 } else { 1024 };
 
 /// What bounds the memory and the queues of an open pool.
 #[derive(Clone, Copy, Debug)]
@@ -59,6 +64,9 @@ pub(crate) struct Limits {
     pub(crate) dirty_nodes: usize,
     /// Runs of changed reference counts above which a checkpoint is due.
     pub(crate) delta_runs: usize,
+    /// Staged blocks above which replay destages, together with what it keeps of the journal. More
+    /// than otherwise: nothing else is in the caches yet.
+    pub(crate) replay_blocks: usize,
 }
 
 /// What the background worker is asked to do.
@@ -68,13 +76,17 @@ pub(crate) struct Wake {
     pub(crate) checkpoint: bool,
     /// The commit thread should lead for those who wait.
     pub(crate) commit: bool,
-    pub(crate) stop: bool,
+    /// The commit thread ends.
+    pub(crate) stop_commit: bool,
+    /// The worker ends.
+    pub(crate) stop_work: bool,
 }
 
 /// An open pool. See the module for its locks.
 #[derive(Debug)]
 pub struct Pool {
     pub(crate) device: Arc<dyn BlockDevice>,
+    syncs: Arc<Syncs>,
     pub(crate) read_only: bool,
     pub(crate) limits: Limits,
     pub(crate) counters: Arc<Counters>,
@@ -92,6 +104,11 @@ pub struct Pool {
     pub(crate) commit: Commit,
     /// The newest durable superblock. Rank 8.
     pub(crate) superblock: Mutex<Superblock>,
+    /// A checkpoint whose nodes or superblock the host had no space for: the next one finishes it
+    /// first. Rank 8; changed only by who holds `checkpointing`.
+    pub(crate) unfinished: Mutex<Option<(Superblock, Cut)>>,
+    /// The host refused to take what was written.
+    pub(crate) host: HostState,
     poisoned: AtomicBool,
     poison: Mutex<Option<String>>,
     closed: AtomicBool,
@@ -100,22 +117,29 @@ pub struct Pool {
     pub(crate) wake_signal: Condvar,
     /// Signalled when staged blocks, journal or space became free.
     pub(crate) relief: Condvar,
-    pub(crate) workers: Mutex<Vec<std::thread::JoinHandle<()>>>,
+    pub(crate) workers: Mutex<Vec<JoinHandle<()>>>,
     pub(crate) threaded: AtomicBool,
+    /// What the open found in the journal. Rank 8.
+    pub(crate) replayed: Mutex<Replayed>,
+    /// The mark that no other host has the pool. Rank 8.
+    pub(crate) heartbeat: Mutex<Option<Arc<Heartbeat>>>,
 }
 
 impl Pool {
     /// Puts an open pool together from its parts; recovery calls it.
     pub(crate) fn assemble(
         device: Arc<dyn BlockDevice>,
-        journal: Journal,
+        mut journal: Journal,
         meta: Meta,
         superblock: Superblock,
         options: &OpenOptions,
     ) -> Self {
         let limits = limits(options.cache_size, journal.size());
         let counters = meta.space.counters.clone();
+        let syncs = Arc::default();
+        journal.share(&device, &syncs);
         Self {
+            syncs,
             read_only: options.read_only,
             limits,
             cache: BlockCache::new((options.cache_size / 2) as usize / BLOCK_SIZE),
@@ -131,6 +155,8 @@ impl Pool {
             journal: Mutex::new(journal),
             commit: Commit::default(),
             superblock: Mutex::new(superblock),
+            unfinished: Mutex::new(None),
+            host: HostState::default(),
             poisoned: AtomicBool::new(false),
             poison: Mutex::new(None),
             closed: AtomicBool::new(false),
@@ -139,6 +165,8 @@ impl Pool {
             relief: Condvar::new(),
             workers: Mutex::new(Vec::new()),
             threaded: AtomicBool::new(false),
+            replayed: Mutex::new(Replayed::default()),
+            heartbeat: Mutex::new(None),
             device,
         }
     }
@@ -175,7 +203,12 @@ impl Pool {
             (journal.used(), journal.size())
         };
         let staged = self.stage.lock().blocks() as u64;
+        let host_available = self.host_available(total - free).unwrap_or_else(|error| {
+            log::debug!("the host does not tell its free space: {error}");
+            None
+        });
         Usage {
+            host_available,
             total: total * B,
             used: (total - free) * B,
             available: self.counters.available() * B,
@@ -185,6 +218,35 @@ impl Pool {
             journal_size,
             logical,
             inodes,
+        }
+    }
+
+    /// What the host can still take of data, when `used` blocks are in use: what it has free, and
+    /// what it has allocated for the pool already.
+    fn host_available(&self, used: u64) -> std::io::Result<Option<u64>> {
+        let Some(free) = self.device.host_free()? else {
+            return Ok(None);
+        };
+        let ring = self.superblock.lock().first_block();
+        let floor = self.counters.floor();
+        let spare = self
+            .device
+            .allocated()?
+            .saturating_sub((used + ring + floor) * BLOCK_SIZE as u64);
+        Ok(Some(free.saturating_add(spare)))
+    }
+
+    /// What happened since the pool was opened.
+    pub fn health(&self) -> Health {
+        let heartbeat = self.heartbeat.lock().clone();
+        let (beats, beat_age_ms) = heartbeat.map_or((0, 0), |heartbeat| heartbeat.state());
+        let damaged = self.counters.damaged.load(Ordering::Relaxed);
+        Health {
+            replayed: *self.replayed.lock(),
+            unsynced_ms: self.stage.lock().unsynced_ms(),
+            damaged_reads: damaged + self.meta.read().damaged_nodes(),
+            beats,
+            beat_age_ms,
         }
     }
 
@@ -235,8 +297,13 @@ impl Pool {
         self.check_poison()
     }
 
+    /// True once `close` lets nobody begin anything any more.
+    pub(crate) fn is_closed(&self) -> bool {
+        self.closed.load(Ordering::SeqCst)
+    }
+
     fn check_open(&self) -> Result<()> {
-        if self.closed.load(Ordering::Relaxed) {
+        if self.is_closed() {
             return Err(Error::new(Kind::Busy, "the pool was closed"));
         }
         Ok(())
@@ -249,19 +316,27 @@ impl Pool {
 
     /// Makes completed writes to the pool durable, or poisons it.
     pub(crate) fn device_sync(&self) -> Result<()> {
-        let synced = self.device.sync();
+        let synced = self.syncs.sync(&*self.device);
         synced.map_err(|source| {
-            let error = Error::io("cannot sync the pool", source);
+            // Also if it was for want of space: what was written before is in an unknown state.
+            let error = Error::new(Kind::Io, format!("cannot sync the pool: {source}"));
             self.poison(&error);
             error
         })
     }
 
     /// Writes whole blocks to the pool, or poisons it.
+    ///
+    /// # Errors
+    /// `NoSpace` if the host has no space: the pool is not poisoned, because nothing but the
+    /// contents of these very blocks, to which nothing refers yet, is unknown (`host.rs`).
     pub(crate) fn device_write(&self, block: u64, data: &[u8]) -> Result<()> {
         let written = self.device.write_at(block * BLOCK_SIZE as u64, data);
         written.map_err(|source| {
             let error = Error::io(format!("cannot write to the pool: block={block}"), source);
+            if error.kind() == Kind::NoSpace {
+                return self.host_refused(error);
+            }
             self.poison(&error);
             error
         })
@@ -321,7 +396,9 @@ pub(crate) fn info_of(sb: &Superblock) -> PoolInfo {
 /// each run of blocks, take up to a thirty-second in addition.
 fn limits(cache_size: u64, journal_size: u64) -> Limits {
     const MIB: u64 = 1024 * 1024;
-    let pending = (journal_size / 8 - 4 * BLOCK_SIZE as u64).min(32 * MIB);
+    let pending = (journal_size / 8 - 4 * BLOCK_SIZE as u64)
+        .min(32 * MIB)
+        .min((cache_size / 4).max(2 * MIB));
     let staged = (cache_size / 8).min(journal_size).max(MIB) / BLOCK_SIZE as u64;
     Limits {
         pending_bytes: pending as usize,
@@ -329,5 +406,6 @@ fn limits(cache_size: u64, journal_size: u64) -> Limits {
         step_bytes: (pending / 4).clamp(64 * 1024, MIB) as usize,
         dirty_nodes: (cache_size / 8 / BLOCK_SIZE as u64).max(512) as usize,
         delta_runs: (cache_size / 32 / 64).max(4096) as usize,
+        replay_blocks: ((cache_size / 4 * 3).max(MIB) / BLOCK_SIZE as u64) as usize,
     }
 }

@@ -485,7 +485,6 @@ struct DataWalk {
     staged: Vec<(u64, bool)>,
     /// End of the data seen so far; begins at the offset asked for.
     at: u64,
-    start: u64,
     blocks: u64,
 }
 
@@ -503,7 +502,6 @@ impl DataWalk {
         Self {
             staged,
             at: start,
-            start,
             blocks,
         }
     }
@@ -523,12 +521,11 @@ impl DataWalk {
 
     /// A piece of data; answers if it or the hole before it is what is looked for.
     fn piece(&mut self, from: u64, to: u64, data: bool) -> Option<u64> {
-        let hole = from.saturating_sub(self.at) >= HOLE_MIN;
         if data {
-            let at_start = self.at == self.start && !hole;
-            return Some(if at_start { self.start } else { from });
+            // Exact, also behind a small hole: the answer must not depend on where in the hole one asks.
+            return Some(from);
         }
-        if hole {
+        if from.saturating_sub(self.at) >= HOLE_MIN {
             return Some(self.at);
         }
         self.at = self.at.max(to);

@@ -6,25 +6,27 @@
 //! allocates only what is free, and the old superblock stays until the new one is durable.
 
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use crate::device::BlockDevice;
 use crate::error::{Error, Kind, Result};
 use crate::ondisk::extent::Root;
+use crate::ondisk::heartbeat::HB_BLOCK;
 use crate::ondisk::inode::{FLAG_PINNED, Inode, InodeKind};
-use crate::ondisk::record::Record;
 use crate::ondisk::superblock::{
-    FLAG_EXTERNAL_JOURNAL, HEAD_BLOCKS, JOURNAL_BLOCKS_MIN, POOL_BLOCKS_MAX, POOL_BLOCKS_MIN,
-    SB_MAGIC, SLOTS, Superblock,
+    FLAG_EXTERNAL_JOURNAL, FLAG_PREALLOCATED, HEAD_BLOCKS, JOURNAL_BLOCKS_MIN, POOL_BLOCKS_MAX,
+    POOL_BLOCKS_MIN, SB_MAGIC, Superblock,
 };
+use crate::sync::Instant;
 use crate::units::{BLOCK_SIZE, Ino, Time};
 
-use super::apply::{apply, attr_of};
-use super::journal::{Journal, ReadBatch};
+use super::heartbeat::Heartbeat;
+use super::journal::{Journal, Lost};
 use super::meta::Meta;
 use super::nodes::NodeCache;
 use super::pool::{Pool, info_of};
-use super::stage::Staged;
+use super::replay::tolerate_full_host;
+use super::slots::{SEARCH_AT_OPEN, Slots, heal, superblock_places};
 use super::types::{CreateOptions, OpenOptions, PoolInfo};
 
 const B: u64 = BLOCK_SIZE as u64;
@@ -57,7 +59,13 @@ impl Pool {
         let ring = journal.unwrap_or_else(|| device.clone());
         let zeros = vec![0; FILL_BYTES as usize];
         // Whatever was there must not be taken for a superblock or a batch of this pool.
-        for slot in [0, 1, superblock.end_block(), superblock.end_block() + 1] {
+        for slot in [
+            0,
+            1,
+            HB_BLOCK,
+            superblock.end_block(),
+            superblock.end_block() + 1,
+        ] {
             device
                 .write_at(slot * B, &zeros[..BLOCK_SIZE])
                 .map_err(device_error("write the superblock"))?;
@@ -122,87 +130,55 @@ impl Pool {
             )));
         }
         let ring_device = ring_device(&superblock, &device, journal)?;
+        if !options.read_only {
+            // What a killed daemon wrote may still be in a cache of the host. From here on it
+            // counts as durable, because it is read back: so it must be.
+            ring_device
+                .sync()
+                .map_err(device_error("sync the journal"))?;
+            device.sync().map_err(device_error("sync the pool"))?;
+        }
         let nodes = (options.cache_size / 4 / B) as usize;
         let nodes = Arc::new(NodeCache::new(device.clone(), superblock.pool_id(), nodes));
-        let meta = Meta::open(&superblock, nodes)?;
-        let sb = &superblock;
-        let ring = |seq, pos| {
-            let device = ring_device.clone();
-            Journal::new(
-                device,
-                sb.pool_id(),
-                sb.journal_start,
-                sb.journal_blocks,
-                seq,
-                pos,
-            )
-        };
-        let (seq, pos) = (sb.journal_seq, sb.journal_pos);
-        let scout = ring(seq, pos);
-        let pool = Self::assemble(device, ring(seq, pos), meta, superblock.clone(), options);
-        pool.replay(scout).map_err(contradiction)?;
+        let mut meta = Meta::open(&superblock, nodes)?;
         if !options.read_only {
-            pool.finish_interrupted().map_err(contradiction)?;
-            pool.checkpoint_as(false)?;
+            meta.skip_taken_numbers()?;
+        }
+        let ring = || Journal::new(ring_device.clone(), &superblock);
+        let scout = ring();
+        let pool = Self::assemble(device, ring(), meta, superblock.clone(), options);
+        if !options.read_only {
+            heal(&*pool.device, &superblock)?;
+        }
+        let replayed = pool.replay(scout).map_err(contradiction)?;
+        if !options.read_only {
+            pool.keep_home_or_warn();
+            let finished = pool.finish_interrupted().map_err(contradiction);
+            tolerate_full_host(finished)?;
+            let journal_full = {
+                let journal = pool.journal.lock();
+                journal.used() > journal.size() / 4 * 3
+            };
+            if !replayed || journal_full {
+                tolerate_full_host(pool.checkpoint_as(false))?;
+            }
         }
         Ok(Arc::new(pool))
     }
 
-    fn replay(&self, mut scout: Journal) -> Result<()> {
-        // First pass: places that the journal maps are taken before replay allocates any.
-        let mut batches = 0_u64;
-        {
-            let mut meta = self.meta.write();
-            while let Some(batch) = scout.read_next()? {
-                batches += 1;
-                for record in &batch.records {
-                    if let Record::Map { extent, .. } = record {
-                        meta.alloc_exact(*extent)?;
-                    }
-                }
-            }
-        }
-        if batches == 0 {
+    /// Fails if the journal lost what was acknowledged. A read-only pool says so and shows the
+    /// state before that, so that files can be rescued.
+    pub(crate) fn refuse_loss(&self, scout: &Journal) -> Result<()> {
+        // Also of a pool that was closed cleanly: on a full host it may have gone on without a
+        // checkpoint since.
+        let Some(lost) = scout.lost()? else {
             return Ok(());
+        };
+        let error = loss(lost);
+        if !self.read_only {
+            return Err(error);
         }
-        log::info!("replaying the journal: {batches} batches");
-        self.stage.lock().replaying = true;
-        for _ in 0..batches {
-            let batch = self.journal.lock().read_next()?;
-            let batch =
-                batch.ok_or_else(|| Error::corrupt("the journal changed while it was read"))?;
-            self.replay_batch(batch)?;
-            let staged = self.stage.lock().blocks();
-            if staged > self.limits.staged_blocks && !self.read_only {
-                self.destage_all()?;
-            }
-        }
-        self.stage.lock().replaying = false;
-        Ok(())
-    }
-
-    fn replay_batch(&self, batch: ReadBatch) -> Result<()> {
-        let mut meta = self.meta.write();
-        let mut stage = self.stage.lock();
-        let mut data = batch.data.into_iter();
-        for record in &batch.records {
-            let (ino, block, staged) = match record {
-                Record::Block { ino, block, crc } => {
-                    let data = data.next();
-                    assert!(data.is_some(), "the reader counted the blocks of the batch");
-                    (*ino, *block, Staged { data, crc: *crc })
-                }
-                Record::Zero { ino, block } => (*ino, *block, Staged { data: None, crc: 0 }),
-                record => {
-                    apply(&mut meta, &mut stage, record)?;
-                    continue;
-                }
-            };
-            let inode = meta.file(ino)?;
-            stage.open(ino, attr_of(&inode));
-            self.counters.reserve_anyway(1);
-            stage.put(ino, block, staged);
-        }
+        log::error!("{error}; this is the state before the loss");
         Ok(())
     }
 
@@ -218,6 +194,40 @@ impl Pool {
             }
         }
         Ok(())
+    }
+
+    /// For a pool that does not open because its journal lost acknowledged writes: invalidates the
+    /// batches behind the loss, so that the pool opens in the state before it. Returns how many.
+    /// They are of no use, because each builds upon those before it.
+    ///
+    /// # Errors
+    /// As [`open`](Self::open).
+    pub fn accept_loss(
+        device: &Arc<dyn BlockDevice>,
+        journal: Option<&Arc<dyn BlockDevice>>,
+    ) -> Result<u64> {
+        let Some((lost, scout)) = lost_batch(device, journal.cloned())? else {
+            return Ok(0);
+        };
+        let ring = journal.unwrap_or(device);
+        let wipe = |block: u64| {
+            ring.write_at(block * B, &[0; BLOCK_SIZE])
+                .map_err(device_error("write the journal"))
+        };
+        let sync = || ring.sync().map_err(device_error("sync the journal"));
+        // Later batches get the numbers and places of those, so not one may stay. The proof of the
+        // loss goes last: until the others are gone the pool must not open.
+        let mut batches = 1;
+        for block in scout.dead() {
+            if block != lost.block {
+                wipe(block)?;
+                batches += 1;
+            }
+        }
+        sync()?;
+        wipe(lost.block)?;
+        sync()?;
+        Ok(batches)
     }
 
     /// Makes everything durable, stops the threads and marks the pool clean. Every later call
@@ -240,11 +250,40 @@ impl Pool {
             // Nor what was deleted a moment ago; but nobody waits long for it.
             let begun = Instant::now();
             while begun.elapsed() < REAP_AT_CLOSE && self.reap()? {}
+            // From here on nobody begins anything; the cut refuses those who had begun.
+            self.set_closed();
             self.checkpoint_as(true)
+        });
+        let outcome = outcome.map_err(|error| {
+            if error.kind() != Kind::NoSpace || self.commit_rest().is_err() {
+                return error;
+            }
+            Error::new(
+                Kind::NoSpace,
+                format!("the journal keeps what has no place yet, nothing is lost: {error}"),
+            )
         });
         self.set_closed();
         // Without threads nobody else would tell those who wait.
-        outcome.inspect_err(|error| self.commit_failed(error))
+        outcome.inspect_err(|error| self.commit_failed(error))?;
+        // Who failed to close is dead, and found to be.
+        if let Some(heartbeat) = self.heartbeat.lock().take() {
+            heartbeat.release();
+        }
+        Ok(())
+    }
+
+    /// Tells the pool about the heartbeat under its devices: a loss poisons it at once, and a clean
+    /// close takes the mark away.
+    pub fn keep_heartbeat(self: &Arc<Self>, heartbeat: Arc<Heartbeat>) {
+        let pool = Arc::downgrade(self);
+        heartbeat.on_loss(move |error| {
+            if let Some(pool) = pool.upgrade() {
+                pool.poison(error);
+                pool.commit_failed(error);
+            }
+        });
+        *self.heartbeat.lock() = Some(heartbeat);
     }
 
     fn end_or_reclaim(&self, ino: Ino) -> Result<()> {
@@ -256,6 +295,15 @@ impl Pool {
     }
 }
 
+fn loss(lost: Lost) -> Error {
+    let Lost { missing, later, .. } = lost;
+    Error::corrupt(format!(
+        "the journal lost acknowledged writes: batch {missing} is damaged or gone, but was durable \
+         when batch {later} was written; look at the device, then mount the pool read-only to \
+         rescue files, restore it, or let 'nodupe check --repair' go on without them"
+    ))
+}
+
 /// What recovery does was done or checked before, so a refusal of it is damage.
 fn contradiction(error: Error) -> Error {
     match error.kind() {
@@ -264,54 +312,24 @@ fn contradiction(error: Error) -> Error {
     }
 }
 
-/// Where superblocks may be, on a device of `blocks` blocks.
-fn superblock_places(blocks: u64) -> Vec<u64> {
-    let mut places = vec![0, 1];
-    if blocks > SLOTS * 2 {
-        places.extend([blocks - 2, blocks - 1]);
-    }
-    places.retain(|at| *at < blocks);
-    places
+/// The newest valid superblock: of the slots and of their copies.
+pub(crate) fn read_superblock(device: &dyn BlockDevice) -> Result<Superblock> {
+    Slots::read(device, SEARCH_AT_OPEN).newest(true)
 }
 
-/// The newest valid superblock: of the slots and, if not both of them are valid, of the copies at
-/// the end of the device.
-pub(crate) fn read_superblock(device: &dyn BlockDevice) -> Result<Superblock> {
-    let mut page = [0; BLOCK_SIZE];
-    let mut failure = None;
-    let mut best: Option<Superblock> = None;
-    let mut whole = 0;
-    for (i, at) in superblock_places(device.len() / B).into_iter().enumerate() {
-        // A damaged slot may have been the newest: then its copy is.
-        if i == SLOTS as usize && whole == SLOTS {
-            break;
-        }
-        device
-            .read_at(at * B, &mut page)
-            .map_err(device_error("read the superblock"))?;
-        match Superblock::decode(&page) {
-            Ok(found) => {
-                whole += 1;
-                if best
-                    .as_ref()
-                    .is_none_or(|best| found.generation > best.generation)
-                {
-                    best = Some(found);
-                }
-            }
-            Err(error) if error.kind() == Kind::Unsupported => failure = Some(error),
-            Err(_) => {}
-        }
-    }
-    // A newer format beats an older superblock that it left behind.
-    match (failure, best) {
-        (Some(error), _) => Err(error),
-        (None, Some(best)) => Ok(best),
-        (None, None) => Err(Error::new(
-            Kind::Corrupt,
-            "this is not a nodupe pool, or both its superblocks and their copies are damaged",
-        )),
-    }
+/// The proof that the journal lost a durable batch, if there is one, and the journal read up to the
+/// loss. Reads only.
+///
+/// # Errors
+/// `Io`, `Corrupt` if there is no pool; `Invalid` if the journal device is missing or not needed.
+fn lost_batch(
+    device: &Arc<dyn BlockDevice>,
+    journal: Option<Arc<dyn BlockDevice>>,
+) -> Result<Option<(Lost, Journal)>> {
+    let superblock = read_superblock(&**device)?;
+    let mut scout = Journal::new(ring_device(&superblock, device, journal)?, &superblock);
+    while scout.read_next()?.is_some() {}
+    Ok(scout.lost()?.map(|lost| (lost, scout)))
 }
 
 fn ring_device(
@@ -370,15 +388,18 @@ fn layout(
             ),
         ));
     }
+    // A file that is allocated as a whole before anything is in it was made so on purpose.
+    let allocated = |device: &dyn BlockDevice| -> std::io::Result<bool> {
+        Ok(device.host_free()?.is_some() && device.allocated()? >= device.len())
+    };
+    let is_preallocated = allocated(device).map_err(device_error("look at the device"))?;
+    let flag = |is_set, flag| if is_set { flag } else { 0 };
     Ok(Superblock {
         uuid: options.uuid,
         generation: 0,
         blocks,
-        flags: if journal.is_some() {
-            FLAG_EXTERNAL_JOURNAL
-        } else {
-            0
-        },
+        flags: flag(journal.is_some(), FLAG_EXTERNAL_JOURNAL)
+            | flag(is_preallocated, FLAG_PREALLOCATED),
         journal_start: if journal.is_some() { 0 } else { HEAD_BLOCKS },
         journal_blocks,
         journal_seq: 1,
@@ -427,19 +448,12 @@ fn plant(
         origin_time: Time::default(),
     };
     meta.put_inode(Ino::ROOT, &root)?;
-    let (seq, pos) = (superblock.journal_seq, superblock.journal_pos);
-    let ring = Journal::new(
-        device.clone(),
-        superblock.pool_id(),
-        superblock.journal_start,
-        superblock.journal_blocks,
-        seq,
-        pos,
-    );
+    let ring = Journal::new(device.clone(), &superblock);
     let options = OpenOptions {
         read_only: false,
         cache_size: 4 * 1024 * 1024,
     };
-    Pool::assemble(device, ring, meta, superblock, &options).checkpoint_as(true)?;
-    Ok(())
+    let pool = Pool::assemble(device, ring, meta, superblock, &options);
+    pool.keep_home()?;
+    pool.checkpoint_as(true)
 }

@@ -5,26 +5,29 @@
 //! 1. A block is allocatable only if no durable tree and no tree in memory refers to it: what a
 //!    generation frees becomes allocatable when the checkpoint that freed it is durable.
 //! 2. `free` of a group counts the bits of its bitmap, whether that is loaded or not.
-//! 3. A bitmap is derived (gaps of the refcount tree, less `released_later`, less what was
+//! 3. The first blocks, as many as are kept back, are the *home* of tree nodes: the host has
+//!    allocated them when the pool was made and they never go back to it. Data goes there only
+//!    when there is no other place. So whatever else the host refuses, trees that fit their home
+//!    can be written.
+//! 4. A bitmap is derived (gaps of the refcount tree, less `released_later`, less what was
 //!    allocated since); a group with allocations since the last checkpoint stays loaded.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 
 use crate::error::{Error, Kind, Result};
 use crate::ondisk::extent::{Extent, GROUP_BLOCKS};
+use crate::sync::atomic::Ordering;
 
+use super::counters::Counters;
 use super::delta::Delta;
+
+mod held;
 
 /// Words of a group's bitmap.
 const WORDS: usize = (GROUP_BLOCKS / 64) as usize;
 /// Groups that an allocation looks at for a run of the wanted length before it takes any run.
 const GROUPS_TRIED: u64 = 8;
-/// Blocks reserved for each staged block: its own, and its share of tree nodes that its mapping
-/// changes (a leaf of the extent map, one of the refcounts, part of their parents).
-pub(crate) const RESERVE_PER_BLOCK: u64 = 4;
-
 /// Blocks of the aligned pieces in which freed space goes back to the host: 64 KiB, so that the
 /// host's file does not fall to pieces.
 pub(crate) const PIECE: u64 = 16;
@@ -32,125 +35,6 @@ const _: () = assert!(GROUP_BLOCKS.is_multiple_of(PIECE));
 /// Runs that wait to be given back, at most: about 4 MiB. What is freed beyond that stays with
 /// the pool until it is used and freed again.
 const WAITING_MAX: usize = 64 * 1024;
-
-/// Counters that are read and changed without the meta lock.
-#[derive(Debug, Default)]
-pub(crate) struct Counters {
-    /// Allocatable blocks.
-    free: AtomicU64,
-    /// Blocks promised to writes that were acknowledged.
-    reserved: AtomicU64,
-    /// Blocks that only deleting, discarding and checkpoints may use.
-    floor: AtomicU64,
-    /// Dirty nodes of the current generation.
-    dirty: AtomicUsize,
-    /// Runs of blocks whose reference count changed in it.
-    delta: AtomicUsize,
-    /// Blocks in all.
-    total: u64,
-}
-
-impl Counters {
-    /// Promises space for `blocks` staged blocks: each with the worst case of its mapping.
-    pub(crate) fn reserve(&self, blocks: u64) -> Result<()> {
-        self.reserve_exactly(blocks * RESERVE_PER_BLOCK)
-    }
-
-    /// Promises `want` blocks.
-    pub(crate) fn reserve_exactly(&self, want: u64) -> Result<()> {
-        if want == 0 {
-            return Ok(()); // also below the floor: deleting needs no promise
-        }
-        // The promise comes before the look: an allocation lowers `free` before it takes its
-        // promise back, so whichever order this sees, nothing is promised twice.
-        let before = self.reserved.fetch_add(want, Ordering::SeqCst);
-        let free = self.free.load(Ordering::SeqCst);
-        let floor = self.floor.load(Ordering::Relaxed);
-        if free < before + want + floor {
-            self.reserved.fetch_sub(want, Ordering::SeqCst);
-            return Err(full());
-        }
-        Ok(())
-    }
-
-    /// Promises space for the few blocks that are rewritten so that others can be freed: these
-    /// may use half of what is kept back.
-    pub(crate) fn reserve_for_freeing(&self, blocks: u64) -> Result<()> {
-        self.reserve(blocks).or_else(|error| {
-            if self.free() < self.floor() / 2 {
-                return Err(error);
-            }
-            self.reserve_anyway(blocks);
-            Ok(())
-        })
-    }
-
-    /// Promises without looking: replay does, for what was promised before the crash.
-    pub(crate) fn reserve_anyway(&self, blocks: u64) {
-        self.reserved
-            .fetch_add(blocks * RESERVE_PER_BLOCK, Ordering::Relaxed);
-    }
-
-    /// Takes a promise back, because the blocks were allocated or are not needed.
-    pub(crate) fn unreserve(&self, blocks: u64) {
-        self.unreserve_exactly(blocks * RESERVE_PER_BLOCK);
-    }
-
-    /// Takes back what [`reserve_exactly`](Self::reserve_exactly) promised.
-    pub(crate) fn unreserve_exactly(&self, want: u64) {
-        let before = self.reserved.fetch_sub(want, Ordering::Relaxed);
-        assert!(
-            before >= want,
-            "more space was given back than was reserved"
-        );
-    }
-
-    /// Blocks that a user can still write.
-    pub(crate) fn available(&self) -> u64 {
-        let kept = self.reserved.load(Ordering::Relaxed) + self.floor.load(Ordering::Relaxed);
-        self.free.load(Ordering::Relaxed).saturating_sub(kept)
-    }
-
-    /// Allocatable blocks, the floor included.
-    pub(crate) fn free(&self) -> u64 {
-        self.free.load(Ordering::Relaxed)
-    }
-
-    /// Dirty nodes of the current generation.
-    pub(crate) fn dirty(&self) -> usize {
-        self.dirty.load(Ordering::Relaxed)
-    }
-
-    /// Runs of blocks whose reference count changed in the current generation.
-    pub(crate) fn delta(&self) -> usize {
-        self.delta.load(Ordering::Relaxed)
-    }
-
-    /// Tells what the current generation has gathered.
-    pub(crate) fn set_gathered(&self, nodes: usize, runs: usize) {
-        self.dirty.store(nodes, Ordering::Relaxed);
-        self.delta.store(runs, Ordering::Relaxed);
-    }
-
-    /// True if storing the changed reference counts could need more nodes than there is space
-    /// for: at most one for each run, or as many as the refcount tree can have, whose leaves are
-    /// at least a quarter full (63 records).
-    pub(crate) fn is_tight(&self) -> bool {
-        let leaves = (self.total - self.free().min(self.total)) / 64 + 2;
-        let need = (self.delta() as u64).min(leaves);
-        need > self.floor() / 2 + self.available()
-    }
-
-    /// Blocks that are kept back.
-    pub(crate) fn floor(&self) -> u64 {
-        self.floor.load(Ordering::Relaxed)
-    }
-}
-
-/// The error of a pool without space.
-pub(crate) fn full() -> Error {
-    Error::new(Kind::NoSpace, "the pool is full: delete files or grow it")
-}
 
 /// One allocation group.
 #[derive(Debug)]
@@ -174,6 +58,9 @@ pub(crate) enum Class {
     Data,
     /// Tree nodes, kept together.
     Node,
+    /// Contents of files while the host has no space: to the home of the nodes (I3), of which a
+    /// quarter stays theirs.
+    Rescue,
 }
 
 /// The space map of a pool.
@@ -181,6 +68,10 @@ pub(crate) enum Class {
 pub(crate) struct Space {
     first: u64,
     end: u64,
+    /// End of the home of the nodes, a multiple of `PIECE`.
+    home: u64,
+    /// What `end` will be when the checkpoint being written is durable.
+    growing: Option<u64>,
     /// Groups that are not entirely free, or were looked at.
     groups: BTreeMap<u64, Group>,
     /// Groups whose record in the group tree may be out of date.
@@ -189,6 +80,9 @@ pub(crate) struct Space {
     pub(crate) delta: Delta,
     /// Runs (start, end) freed by the generation that is being written.
     released_later: Vec<(u64, u64)>,
+    /// Runs within one group, first block to end, that the rest of the journal maps while it is
+    /// replayed: nobody gets them, and on the device they count as free.
+    held: BTreeMap<u64, u64>,
     /// Free runs, first block to end, that may be given back to the host.
     to_discard: BTreeMap<u64, u64>,
     /// Next block to try, for data and for nodes.
@@ -210,32 +104,84 @@ pub(crate) enum Found {
 impl Space {
     /// The space from block `first` up to `end`, all of it free. `floor`: blocks kept back.
     pub(crate) fn new(first: u64, end: u64, floor: u64) -> Self {
-        let counters = Counters {
-            total: end - first,
-            ..Counters::default()
-        };
+        let counters = Counters::default();
+        counters.total.store(end - first, Ordering::Relaxed);
         counters.free.store(end - first, Ordering::Relaxed);
         counters.floor.store(floor, Ordering::Relaxed);
         let first_group = first / GROUP_BLOCKS;
         let last_group = (end - 1) / GROUP_BLOCKS;
-        // Nodes at the front, data from the second group on, where there is one.
+        let home = home_end(first, end, floor);
+        // Nodes at the front, data behind their home, from the second group on if there is one.
         let data = if last_group > first_group {
-            (first_group + 1) * GROUP_BLOCKS
+            home.max((first_group + 1) * GROUP_BLOCKS)
         } else {
-            first
+            home
         };
         Self {
             first,
             end,
+            home,
+            growing: None,
             groups: BTreeMap::new(),
             changed: BTreeSet::new(),
             delta: Delta::default(),
             released_later: Vec::new(),
+            held: BTreeMap::new(),
             to_discard: BTreeMap::new(),
             cursors: [data, first],
             counters: Arc::new(counters),
             loaded_only: false,
         }
+    }
+
+    /// The blocks that the host should allocate in advance: first and end of the home.
+    pub(crate) fn home(&self) -> (u64, u64) {
+        (self.first, self.home)
+    }
+
+    /// Makes the blocks from `end` up to `new_end` part of the checkpoint that is being written.
+    /// They can be allocated when it is durable ([`release`](Self::release)): until then the
+    /// superblock does not know them, and a journal that named them could not be replayed.
+    pub(crate) fn begin_growth(&mut self, new_end: u64) {
+        assert!(new_end > self.end);
+        if let Some(planned) = self.growing.replace(new_end) {
+            // The checkpoint that was to have that end did not come about.
+            let (last, until) = self.growth_of_last_group(planned);
+            self.group(last).later -= (until - self.end) as u32;
+        }
+        let (_, until) = self.growth_of_last_group(new_end);
+        if until > self.end {
+            let (last, count) = ((self.end - 1) / GROUP_BLOCKS, until - self.end);
+            self.group(last).later += count as u32;
+            self.changed.insert(last);
+        }
+    }
+
+    /// The last group as it is, and up to where it will reach.
+    fn growth_of_last_group(&self, new_end: u64) -> (u64, u64) {
+        let last = (self.end - 1) / GROUP_BLOCKS;
+        (last, ((last + 1) * GROUP_BLOCKS).min(new_end).max(self.end))
+    }
+
+    /// The checkpoint that has the new end is durable. `floor`: blocks kept back from now on.
+    fn end_growth(&mut self, new_end: u64, floor: u64) {
+        let (last, until) = self.growth_of_last_group(new_end);
+        let (old_end, changed) = (self.end, std::mem::take(&mut self.changed));
+        self.end = new_end;
+        if until > old_end {
+            self.group(last).later -= (until - old_end) as u32;
+            self.set_free(old_end, until);
+        }
+        self.changed = changed;
+        // Groups behind it are entirely free, which needs no record.
+        self.counters
+            .free
+            .fetch_add(new_end - until, Ordering::Relaxed);
+        self.counters
+            .total
+            .store(new_end - self.first, Ordering::Relaxed);
+        self.counters.floor.store(floor, Ordering::Relaxed);
+        self.home = home_end(self.first, new_end, floor);
     }
 
     /// Blocks in all.
@@ -295,7 +241,9 @@ impl Space {
         let base = group * GROUP_BLOCKS;
         let mut bitmap = Box::new([0; WORDS]);
         set_bits(&mut bitmap, start - base, end - base, true);
-        for &(from, to) in used.iter().chain(&self.released_later) {
+        let held = self.held.range(start..end).map(|(from, to)| (*from, *to));
+        let taken = used.iter().chain(&self.released_later).copied();
+        for (from, to) in taken.chain(held) {
             let (from, to) = (from.max(start), to.min(end));
             if from < to {
                 set_bits(&mut bitmap, from - base, to - base, false);
@@ -316,12 +264,34 @@ impl Space {
     /// Finds and takes a run of up to `want` blocks, or says which bitmap it needs first.
     pub(crate) fn find(&mut self, class: Class, want: u32, generation: u64) -> Result<Found> {
         assert!(want > 0);
+        if class == Class::Rescue && self.home_free() < u64::from(want) + self.home_len() / 4 {
+            return Err(Error::new(
+                Kind::NoSpace,
+                "the reserve of the pool is used up",
+            ));
+        }
+        if class != Class::Data
+            && let Some(found) = self.find_home(want, generation)
+        {
+            return Ok(found);
+        }
+        if class == Class::Rescue {
+            return Err(Error::new(
+                Kind::NoSpace,
+                "the reserve of the pool is used up",
+            ));
+        }
         if self.loaded_only
             && class == Class::Node
             && let Some(run) = self.find_loaded(want, generation)
         {
             return Ok(Found::Run(run));
         }
+        let lowest = if class == Class::Data {
+            self.home
+        } else {
+            self.first
+        };
         let cursor = self.cursors[class as usize];
         let first_group = self.first / GROUP_BLOCKS;
         let groups = (self.end - 1) / GROUP_BLOCKS - first_group + 1;
@@ -337,7 +307,10 @@ impl Space {
             for step in 0..=tries {
                 let group = first_group + (start + step) % groups;
                 let least = if pass == 0 { want } else { 1 };
-                if (pass < 2 && groups > 2 && group == other) || self.group(group).free < least {
+                if (pass < 2 && groups > 2 && group == other)
+                    || (group + 1) * GROUP_BLOCKS <= lowest
+                    || self.group(group).free < least
+                {
                     continue;
                 }
                 if self.group(group).bitmap.is_none() {
@@ -348,13 +321,71 @@ impl Space {
                 } else {
                     0
                 };
-                if let Some(run) = self.take_run(group, from, want, least, generation) {
+                let range = (from.max(lowest), u64::MAX);
+                if let Some(run) = self.take_run(group, range, want, least, generation) {
                     self.cursors[class as usize] = run.end();
                     return Ok(Found::Run(run));
                 }
             }
         }
+        // Nothing is left but the home.
+        if let Some(found) = self.find_home(want, generation) {
+            return Ok(found);
+        }
         Err(Error::new(Kind::NoSpace, "the pool has no free block left"))
+    }
+
+    fn home_len(&self) -> u64 {
+        self.home - self.first
+    }
+
+    /// Blocks of the home that may rescue staged data, as far as bitmaps are loaded.
+    pub(crate) fn rescue_room(&self) -> u64 {
+        self.home_free().saturating_sub(self.home_len() / 4)
+    }
+
+    /// Free blocks of the home, as far as bitmaps are loaded.
+    fn home_free(&self) -> u64 {
+        let parts = self.parts(self.first, self.home.max(self.first + 1));
+        let free = parts.into_iter().map(|(group, start, end)| {
+            let bitmap = self
+                .groups
+                .get(&group)
+                .and_then(|group| group.bitmap.as_ref());
+            let base = group * GROUP_BLOCKS;
+            bitmap.map_or(0, |bitmap| {
+                (start..end)
+                    .filter(|block| bit(bitmap, block - base))
+                    .count() as u64
+            })
+        });
+        free.sum()
+    }
+
+    /// A run in the home of the nodes, behind the last one or before it.
+    fn find_home(&mut self, want: u32, generation: u64) -> Option<Found> {
+        let cursor = self.cursors[Class::Node as usize].clamp(self.first, self.home);
+        for (from, to) in [(cursor, self.home), (self.first, cursor)] {
+            if from >= to {
+                continue;
+            }
+            for (group, from, to) in self.parts(from, to) {
+                if self.group(group).free == 0 {
+                    continue;
+                }
+                if !self.is_loaded(group) {
+                    if self.loaded_only {
+                        continue;
+                    }
+                    return Some(Found::NeedsGroup(group));
+                }
+                if let Some(run) = self.take_run(group, (from, to), want, 1, generation) {
+                    self.cursors[Class::Node as usize] = run.end();
+                    return Some(Found::Run(run));
+                }
+            }
+        }
+        None
     }
 
     /// A run for nodes from the groups whose bitmap is loaded, that of the cursor first.
@@ -371,9 +402,9 @@ impl Space {
         let first = self.groups.get(&own).is_some_and(has_room).then_some(own);
         let candidates: Vec<u64> = first.into_iter().chain(groups.take(2)).collect();
         for group in candidates {
-            let from = if group == own { cursor } else { 0 };
-            let run = self.take_run(group, from, want, 1, generation);
-            if let Some(run) = run.or_else(|| self.take_run(group, 0, want, 1, generation)) {
+            let (from, all) = (if group == own { cursor } else { 0 }, (0, u64::MAX));
+            let run = self.take_run(group, (from, u64::MAX), want, 1, generation);
+            if let Some(run) = run.or_else(|| self.take_run(group, all, want, 1, generation)) {
                 self.cursors[Class::Node as usize] = run.end();
                 return Some(run);
             }
@@ -396,10 +427,11 @@ impl Space {
         })
     }
 
+    /// Takes a run of up to `want` blocks of a group, within the blocks of `range`.
     fn take_run(
         &mut self,
         group: u64,
-        from: u64,
+        range: (u64, u64),
         want: u32,
         least: u32,
         generation: u64,
@@ -407,7 +439,8 @@ impl Space {
         let base = group * GROUP_BLOCKS;
         let entry = self.groups.get_mut(&group)?;
         let bitmap = entry.bitmap.as_mut()?;
-        let (at, len) = find_run(bitmap, from.saturating_sub(base), want, least)?;
+        let (from, to) = (range.0.saturating_sub(base), range.1.saturating_sub(base));
+        let (at, len) = find_run(bitmap, (from, to.min(GROUP_BLOCKS)), want, least)?;
         set_bits(bitmap, at, at + u64::from(len), false);
         entry.free -= len;
         entry.touched = generation;
@@ -472,6 +505,16 @@ impl Space {
         self.set_free(run.block, run.end());
     }
 
+    /// Gives back a run that the host had no space for. What it allocated of it nevertheless is
+    /// used next, or goes back.
+    pub(crate) fn unalloc_refused(&mut self, run: Extent) {
+        self.unalloc(run);
+        if run.block >= self.home {
+            self.cursors[Class::Data as usize] = run.block;
+            self.wait_for_discard(run.block, run.end());
+        }
+    }
+
     fn set_free(&mut self, start: u64, end: u64) {
         for (group, start, end) in self.parts(start, end) {
             let base = group * GROUP_BLOCKS;
@@ -497,13 +540,14 @@ impl Space {
     pub(crate) fn free_later(&mut self, start: u64, end: u64, stored: bool) -> Result<()> {
         for (group, start, end) in self.parts(start, end) {
             let base = group * GROUP_BLOCKS;
-            let (group_start, group_end) = self.group_range(group);
+            let (group_start, _) = self.group_range(group);
+            let group_end = ((group + 1) * GROUP_BLOCKS).min(self.end_after());
             let size = (group_end - group_start) as u32;
             let count = (end - start) as u32;
             let entry = self.group(group);
             let in_use = match &entry.bitmap {
                 Some(bitmap) => (start..end).all(|block| !bit(bitmap, block - base)),
-                None => stored, // I3: what was allocated since has its bitmap
+                None => stored, // I4: what was allocated since has its bitmap
             };
             if !in_use || entry.free + entry.later + count > size {
                 return Err(Error::corrupt(format!(
@@ -523,8 +567,9 @@ impl Space {
     /// A group whose record is out of date, with the value it should have after the checkpoint.
     pub(crate) fn next_changed(&mut self) -> Option<(u64, u32)> {
         while let Some(group) = self.changed.pop_first() {
+            let held = self.held_in(group);
             let entry = self.group(group);
-            let now = entry.free + entry.later;
+            let now = entry.free + entry.later + held;
             if now != entry.stored {
                 entry.stored = now;
                 return Some((group, now));
@@ -540,11 +585,22 @@ impl Space {
             .iter()
             .map(|(start, end)| end - start)
             .sum();
-        self.counters.free() + later
+        let held: u64 = self.held.iter().map(|(start, end)| end - start).sum();
+        let grown = self.growing.map_or(0, |new_end| new_end - self.end);
+        self.counters.free() + later + held + grown
     }
 
-    /// The checkpoint is durable: what it freed becomes allocatable.
-    pub(crate) fn release(&mut self) {
+    /// The end that the checkpoint being written will have.
+    pub(crate) fn end_after(&self) -> u64 {
+        self.growing.unwrap_or(self.end)
+    }
+
+    /// The checkpoint is durable: what it freed becomes allocatable, and what the pool grew by.
+    /// `floor_of` tells the blocks to keep back of so many.
+    pub(crate) fn release(&mut self, floor_of: impl Fn(u64) -> u64) {
+        if let Some(new_end) = self.growing.take() {
+            self.end_growth(new_end, floor_of(new_end - self.first));
+        }
         for (start, end) in std::mem::take(&mut self.released_later) {
             for (group, start, end) in self.parts(start, end) {
                 self.group(group).later -= (end - start) as u32;
@@ -556,9 +612,17 @@ impl Space {
         }
     }
 
+    /// Has all that is free given back to the host: what waited for it before a crash is not known.
+    pub(crate) fn discard_all(&mut self) {
+        self.wait_for_discard(self.first, self.end);
+    }
+
     /// Notes a free run to be given back to the host.
     fn wait_for_discard(&mut self, start: u64, end: u64) {
-        let (mut start, mut end) = (start, end);
+        let (mut start, mut end) = (start.max(self.home), end); // I3
+        if start >= end {
+            return;
+        }
         if let Some((&at, &to)) = self.to_discard.range(..=start).next_back()
             && to >= start
         {
@@ -640,13 +704,24 @@ impl Space {
             if loaded <= keep {
                 break;
             }
-            // I3: only allocations of older generations are in the refcount tree.
+            // I4: only allocations of older generations are in the refcount tree.
             if group.bitmap.is_some() && group.touched < generation && group.later == 0 {
                 group.bitmap = None;
                 loaded -= 1;
             }
         }
     }
+}
+
+/// End of the home of the nodes.
+fn home_end(first: u64, end: u64, floor: u64) -> u64 {
+    if floor == 0 {
+        return first;
+    }
+    (first + floor)
+        .next_multiple_of(PIECE)
+        .min(end / PIECE * PIECE)
+        .max(first)
 }
 
 fn bit(bitmap: &[u64; WORDS], at: u64) -> bool {
@@ -664,18 +739,26 @@ fn set_bits(bitmap: &mut [u64; WORDS], from: u64, to: u64, value: bool) {
     }
 }
 
-/// Finds a run of at least `least` set bits from `from` on and returns up to `want` of it.
-fn find_run(bitmap: &[u64; WORDS], from: u64, want: u32, least: u32) -> Option<(u64, u32)> {
+/// Finds a run of at least `least` set bits within a range and returns up to `want` of it.
+fn find_run(
+    bitmap: &[u64; WORDS],
+    (from, to): (u64, u64),
+    want: u32,
+    least: u32,
+) -> Option<(u64, u32)> {
     let mut at = from;
-    while at < GROUP_BLOCKS {
+    while at < to {
         let word = bitmap[(at / 64) as usize] >> (at % 64);
         if word == 0 {
             at = (at / 64 + 1) * 64;
             continue;
         }
         at += u64::from(word.trailing_zeros());
+        if at >= to {
+            return None;
+        }
         let mut len = 0;
-        while len < u64::from(want) && at + len < GROUP_BLOCKS {
+        while len < u64::from(want) && at + len < to {
             let pos = at + len;
             let ones = u64::from((bitmap[(pos / 64) as usize] >> (pos % 64)).trailing_ones());
             let ones = ones.min(64 - pos % 64);
@@ -684,6 +767,7 @@ fn find_run(bitmap: &[u64; WORDS], from: u64, want: u32, least: u32) -> Option<(
                 break;
             }
         }
+        len = len.min(to - at);
         if len >= u64::from(least) {
             return Some((at, len.min(u64::from(want)) as u32));
         }
@@ -693,82 +777,4 @@ fn find_run(bitmap: &[u64; WORDS], from: u64, want: u32, least: u32) -> Option<(
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    fn run(block: u64, len: u32) -> Extent {
-        Extent { block, len }
-    }
-
-    #[test]
-    fn runs_are_found_across_words() {
-        let mut bitmap = [0; WORDS];
-        set_bits(&mut bitmap, 60, 200, true);
-        set_bits(&mut bitmap, 300, 310, true);
-        assert_eq!(find_run(&bitmap, 0, 256, 1), Some((60, 140)));
-        assert_eq!(find_run(&bitmap, 0, 100, 100), Some((60, 100)));
-        assert_eq!(find_run(&bitmap, 0, 256, 141), None);
-        assert_eq!(find_run(&bitmap, 201, 4, 1), Some((300, 4)));
-    }
-
-    #[test]
-    fn only_pieces_that_are_wholly_free_are_discarded() {
-        let mut space = Space::new(16, 1000, 0);
-        space.load_group(0, &[]).unwrap();
-        let Found::Run(all) = space.find(Class::Data, 984, 1).unwrap() else {
-            panic!()
-        };
-        assert_eq!(all.len, 984);
-        let free = |space: &mut Space, start, end| {
-            space.free_later(start, end, false).unwrap();
-            space.release();
-            let mut taken = Vec::new();
-            while let Some((_, start, end)) = space.next_discard(1 << 20) {
-                taken.extend(space.take_pieces(start, end));
-            }
-            taken
-                .iter()
-                .for_each(|(start, end)| space.put_back(*start, *end));
-            taken
-        };
-        // Two pieces whole, two in part; the rest of these comes later.
-        assert_eq!(free(&mut space, 40, 90), [(48, 64), (64, 80)]);
-        assert_eq!(free(&mut space, 32, 40), [(32, 48)]);
-        assert_eq!(free(&mut space, 90, 96), [(80, 96)]);
-        // The last piece reaches over the end of the space.
-        assert_eq!(free(&mut space, 976, 1000), [(976, 992)]);
-        assert_eq!(space.counters.free(), 64 + 24);
-    }
-
-    #[test]
-    fn runs_that_wait_for_discard_are_joined() {
-        let mut space = Space::new(16, 1000, 0);
-        for (start, end) in [(100, 110), (120, 130), (110, 120), (90, 125), (300, 310)] {
-            space.wait_for_discard(start, end);
-        }
-        assert_eq!(space.next_discard(64), Some((0, 80, 144)));
-        assert_eq!(space.next_discard(8), None);
-        assert_eq!(space.next_discard(16), Some((0, 288, 304)));
-        assert_eq!(space.next_discard(16), Some((0, 304, 320)));
-        assert_eq!(space.next_discard(16), None);
-    }
-
-    #[test]
-    fn freed_blocks_come_back_only_after_release() {
-        let mut space = Space::new(16, 1000, 0);
-        space.load_group(0, &[]).unwrap();
-        let Found::Run(all) = space.find(Class::Data, 984, 1).unwrap() else {
-            panic!()
-        };
-        assert_eq!(all, run(16, 984));
-        assert!(space.find(Class::Data, 1, 1).is_err());
-        space.free_later(100, 110, false).unwrap();
-        assert!(space.find(Class::Data, 1, 1).is_err());
-        assert_eq!(space.free_after(), 10);
-        space.release();
-        assert_eq!(
-            space.find(Class::Node, 4, 1).unwrap(),
-            Found::Run(run(100, 4))
-        );
-    }
-}
+mod tests;

@@ -16,9 +16,10 @@ use std::sync::Arc;
 use crate::ondisk::Page;
 use crate::ondisk::inode::Inode;
 use crate::ondisk::record::Record;
+use crate::sync::Instant;
 use crate::units::{BLOCK_SIZE, Ino, Time};
 
-use super::space::Counters;
+use super::counters::Counters;
 
 /// Contents of one block on their way to the pool.
 #[derive(Clone, Debug)]
@@ -114,6 +115,8 @@ pub(crate) struct Batch {
     pub(crate) items: Vec<Pending>,
     /// Sizes and times of the files that were written.
     pub(crate) touches: Vec<Record>,
+    /// Upper bound of the bytes that it takes in the journal.
+    pub(crate) bytes: usize,
     /// `Stage::pushed` when it was taken.
     pub(crate) upto: u64,
     /// Data written in place must be durable before the batch.
@@ -145,6 +148,8 @@ pub(crate) struct Stage {
     /// Files whose size or times the next batch must hold.
     touched: BTreeSet<u64>,
     needs_flush: bool,
+    /// When the oldest of what waits was queued.
+    oldest: Option<Instant>,
     /// Counts pushes; a sync waits until what was pushed before it is durable.
     pub(crate) pushed: u64,
     /// Staged blocks, active and frozen.
@@ -152,6 +157,8 @@ pub(crate) struct Stage {
     counters: Arc<Counters>,
     /// Replay does not journal what it reads from the journal.
     pub(crate) replaying: bool,
+    /// Set by the cut of the last checkpoint: what came later would be in nothing durable.
+    pub(crate) closed: bool,
 }
 
 impl Stage {
@@ -164,10 +171,12 @@ impl Stage {
             pending_bytes: 0,
             touched: BTreeSet::new(),
             needs_flush: false,
+            oldest: None,
             pushed: 0,
             blocks: 0,
             counters,
             replaying: false,
+            closed: false,
         }
     }
 
@@ -198,6 +207,15 @@ impl Stage {
         self.files.keys().map(|ino| Ino(*ino)).collect()
     }
 
+    /// Staged blocks of each file that has any.
+    pub(crate) fn block_counts(&self) -> Vec<(u64, Ino)> {
+        let counts = self.files.iter();
+        counts
+            .map(|(ino, file)| (file.blocks(), Ino(*ino)))
+            .filter(|(blocks, _)| *blocks > 0)
+            .collect()
+    }
+
     /// Sizes of the files with an entry.
     pub(crate) fn sizes(&self) -> Vec<(Ino, u64)> {
         self.files
@@ -221,9 +239,10 @@ impl Stage {
         self.pending.is_empty() && self.touched.is_empty()
     }
 
-    /// True if `bytes` more may be queued; an empty queue takes any one operation.
+    /// True if `bytes` more may be queued; an empty queue takes any one operation, and one that
+    /// is closed none.
     pub(crate) fn has_room(&self, bytes: usize, bytes_max: usize) -> bool {
-        self.is_clean() || self.pending_bytes + bytes <= bytes_max
+        !self.closed && (self.is_clean() || self.pending_bytes + bytes <= bytes_max)
     }
 
     /// Stages the contents of a block. The caller has reserved space for it; the reservation is
@@ -238,7 +257,7 @@ impl Stage {
         if self.replaying {
             return;
         }
-        self.pushed += 1;
+        self.count_push();
         // I3: the newest bytes take the place of those that wait.
         if let Some(&at) = self.index.get(&(ino.0, block)) {
             self.pending[at] = Pending::Block(ino, block, staged);
@@ -267,19 +286,33 @@ impl Stage {
         if self.replaying {
             return;
         }
-        self.pushed += 1;
+        self.count_push();
         self.index.clear(); // I3
         self.pending_bytes += record_cost(&record);
         self.needs_flush |= matches!(record, Record::Map { .. });
         self.pending.push(Pending::Record(record));
     }
 
+    fn count_push(&mut self) {
+        if self.is_clean() {
+            self.oldest = Some(Instant::now());
+        }
+        self.pushed += 1;
+    }
+
+    /// Milliseconds since the oldest change that waits for the journal.
+    pub(crate) fn unsynced_ms(&self) -> u64 {
+        let oldest = self.oldest.filter(|_| !self.is_clean());
+        oldest.map_or(0, |oldest| oldest.elapsed().as_millis() as u64)
+    }
+
     /// Notes that size or times of a file changed.
     pub(crate) fn touch(&mut self, ino: Ino) {
         if let Some(file) = self.files.get_mut(&ino.0) {
             file.unfolded = true;
-            if !self.replaying && self.touched.insert(ino.0) {
-                self.pushed += 1;
+            if !self.replaying && !self.touched.contains(&ino.0) {
+                self.count_push();
+                self.touched.insert(ino.0);
                 self.pending_bytes += TOUCH_COST;
             }
         }
@@ -288,7 +321,7 @@ impl Stage {
     /// Takes everything that waits.
     pub(crate) fn take(&mut self) -> Batch {
         self.index.clear();
-        self.pending_bytes = 0;
+        let bytes = std::mem::take(&mut self.pending_bytes);
         let touched = std::mem::take(&mut self.touched);
         let touches = touched.into_iter().filter_map(|ino| {
             let attr = self.files.get(&ino)?.attr;
@@ -303,9 +336,28 @@ impl Stage {
         Batch {
             touches: touches.collect(),
             items: std::mem::take(&mut self.pending),
+            bytes,
             upto: self.pushed,
             needs_flush: std::mem::take(&mut self.needs_flush),
         }
+    }
+
+    /// Puts back what [`take`](Self::take) took and what could not be written to the journal.
+    pub(crate) fn untake(&mut self, batch: Batch) {
+        // What was queued meanwhile is newer. Where blocks stand in the queue is not known any
+        // more, so that they may be queued twice: I3 saves space and time only.
+        self.index.clear();
+        let newer = std::mem::replace(&mut self.pending, batch.items);
+        self.pending.extend(newer);
+        for record in &batch.touches {
+            if let Record::Touch { ino, .. } = record
+                && self.files.contains_key(&ino.0)
+            {
+                self.touched.insert(ino.0);
+            }
+        }
+        self.pending_bytes += batch.bytes;
+        self.needs_flush |= batch.needs_flush;
     }
 
     /// Drops staged blocks `from` up to `to` of a file, whose contents are obsolete.
@@ -357,6 +409,13 @@ impl Stage {
                 file.cut_attr = Some(file.attr);
                 file.unfolded = false;
             }
+        }
+    }
+
+    /// Takes back [`cut_attrs`](Self::cut_attrs): there will be no checkpoint of that instant.
+    pub(crate) fn uncut_attrs(&mut self) {
+        for file in self.files.values_mut() {
+            file.unfolded |= file.cut_attr.take().is_some();
         }
     }
 

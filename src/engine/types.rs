@@ -186,6 +186,9 @@ pub struct Usage {
     pub used: u64,
     /// Bytes that a user can still write, without the reserve.
     pub available: u64,
+    /// Bytes that the host under a sparse pool can still take; `None` where its space is its own.
+    /// Less than `available`: the host gets full before the pool does.
+    pub host_available: Option<u64>,
     /// Bytes kept back so that deleting and checkpoints always work.
     pub reserve: u64,
     /// Bytes of acknowledged writes that wait in the stage for their place.
@@ -198,6 +201,34 @@ pub struct Usage {
     pub logical: u64,
     /// Inodes that exist.
     pub inodes: u64,
+}
+
+/// What opening the pool did again from its journal.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Replayed {
+    /// Batches.
+    pub batches: u64,
+    /// Bytes of the ring.
+    pub bytes: u64,
+    /// Milliseconds it took.
+    pub millis: u64,
+    /// Records left out, because a repair could not save what they are about.
+    pub left_out: u64,
+}
+
+/// How an open pool is: what happened since it was opened.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Health {
+    /// What opening it did again.
+    pub replayed: Replayed,
+    /// Milliseconds since the oldest change that a crash would lose; 0: it would lose nothing.
+    pub unsynced_ms: u64,
+    /// Reads of blocks and tree nodes that were not what had been written.
+    pub damaged_reads: u64,
+    /// Beats of the heartbeat.
+    pub beats: u64,
+    /// Milliseconds since the last one.
+    pub beat_age_ms: u64,
 }
 
 /// What one file uses, in bytes.
@@ -234,6 +265,17 @@ pub struct PoolInfo {
     pub created: Time,
 }
 
+/// A file that a finding is about.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct FilePlace {
+    /// The inode.
+    pub ino: Ino,
+    /// One of its paths from the root of the pool; `None` if it has no name.
+    pub path: Option<String>,
+    /// Offset in bytes of the first damage, where the finding is about contents.
+    pub offset: Option<u64>,
+}
+
 /// One thing that `check` found wrong.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Finding {
@@ -241,4 +283,87 @@ pub struct Finding {
     pub code: u32,
     /// What is wrong, and where.
     pub message: String,
+    /// Files that it is about, as far as that is known; not all of them if they are many.
+    pub files: Vec<FilePlace>,
+    /// How many more files there are.
+    pub files_more: u64,
+}
+
+/// How a pool is checked.
+#[derive(Clone, Debug)]
+pub struct CheckOptions {
+    /// Bound of the memory in bytes: less makes it slower, not worse.
+    pub memory: u64,
+    /// Reads all data and compares it with its checksums.
+    pub data: bool,
+    /// Searches the whole device for a superblock if none is found where they should be.
+    pub search: bool,
+}
+
+impl Default for CheckOptions {
+    fn default() -> Self {
+        Self {
+            memory: 256 * 1024 * 1024,
+            data: true,
+            search: false,
+        }
+    }
+}
+
+/// What a check looked at.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct CheckCounts {
+    /// Tree nodes.
+    pub nodes: u64,
+    /// Inodes.
+    pub inodes: u64,
+    /// Inodes that were made as a clone of another.
+    pub clones: u64,
+    /// Blocks of data, each once.
+    pub data_blocks: u64,
+    /// Extent maps that wait to be freed.
+    pub detached: u64,
+    /// File blocks that an earlier repair marked as lost.
+    pub lost_blocks: u64,
+    /// Batches in the journal that wait for replay.
+    pub batches: u64,
+    /// The batch behind them is cut, as a crash while it was written leaves it.
+    pub batch_cut: bool,
+    /// Passes over the pool that the memory made necessary.
+    pub passes: u64,
+}
+
+/// What a check found.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct CheckReport {
+    /// Findings, the first thousand.
+    pub findings: Vec<Finding>,
+    /// Findings behind these, some of them more than once.
+    pub more: u64,
+    /// What was looked at.
+    pub counts: CheckCounts,
+}
+
+/// One thing that a repair does.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Action {
+    /// Stable number of this kind of action, never used for another; see `docs/check.md`.
+    pub code: u32,
+    /// What is done, in the imperative.
+    pub message: String,
+}
+
+/// What a repair did.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct RepairReport {
+    /// What was found at first.
+    pub before: CheckReport,
+    /// What was done, in order.
+    pub actions: Vec<Action>,
+    /// What a check finds now.
+    pub after: CheckReport,
+    /// True if it was not wanted, and nothing was done.
+    pub declined: bool,
+    /// What would have been done, had it been wanted.
+    pub planned: Vec<Action>,
 }

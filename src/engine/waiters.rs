@@ -1,8 +1,7 @@
 //! Who leads the group commit, and who waits for it. Data only; `commit.rs` works on it.
 
-use parking_lot::{Condvar, Mutex};
-
 use crate::error::Result;
+use crate::sync::{Condvar, Mutex};
 
 /// Called once with the outcome of a sync.
 pub(crate) type Done = Box<dyn FnOnce(Result<()>) + Send>;
@@ -25,6 +24,9 @@ impl std::fmt::Debug for Commit {
 #[derive(Default)]
 pub(crate) struct State {
     pub(crate) leader: bool,
+    /// The leader is one in name only: the batch of a cut waits for a checkpoint that the host
+    /// refused (I5 of `commit.rs`).
+    pub(crate) held: bool,
     /// A checkpoint waits to lead (I4 of `commit.rs`).
     pub(crate) cutting: bool,
     /// Pushes to the stage that are durable.

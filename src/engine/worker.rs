@@ -15,13 +15,14 @@
 //! | free blocks | - | below the floor: `NoSpace`, but deleting goes on |
 
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use crate::error::{Error, Kind, Result};
+use crate::sync::atomic::Ordering;
+use crate::sync::{Instant, thread};
 
-use super::pool::Pool;
-use super::space::full;
+use super::counters::full;
+use super::pool::{Pool, Wake};
 
 /// How long an acknowledged write may stay out of the journal when nobody asks for durability:
 /// `sync(2)` does not reach a FUSE daemon.
@@ -41,7 +42,7 @@ struct PoisonOnPanic<'a>(&'a Pool);
 
 impl Drop for PoisonOnPanic<'_> {
     fn drop(&mut self) {
-        if std::thread::panicking() {
+        if thread::panicking() {
             let error = Error::new(Kind::Poisoned, "a background thread of the pool panicked");
             self.0.poison(&error);
             self.0.commit_failed(&error);
@@ -59,6 +60,9 @@ impl Pool {
         if self.read_only || self.threaded.swap(true, Ordering::SeqCst) {
             return Ok(());
         }
+        if self.replayed.lock().batches > 0 {
+            self.meta.write().space.discard_all();
+        }
         let mut workers = self.workers.lock();
         let works = [
             ("nodupe-commit", Pool::commit_loop as Work),
@@ -66,7 +70,7 @@ impl Pool {
         ];
         for (name, work) in works {
             let pool = Arc::clone(self);
-            let thread = std::thread::Builder::new()
+            let thread = thread::Builder::new()
                 .name(name.into())
                 .spawn(move || work(&pool));
             workers.push(thread.map_err(|source| Error::io("cannot start a thread", source))?);
@@ -74,12 +78,15 @@ impl Pool {
         Ok(())
     }
 
-    /// Ends the background threads.
+    /// Ends the background threads: first the commit thread, which may wait for a checkpoint that
+    /// only the worker writes. Whoever else waits is answered by the checkpoint of the close.
     pub(crate) fn stop_workers(&self) {
-        self.wake.lock().stop = true;
-        self.wake_signal.notify_all();
         let workers = std::mem::take(&mut *self.workers.lock());
-        for worker in workers {
+        let stops: [fn(&mut Wake); 2] =
+            [|wake| wake.stop_commit = true, |wake| wake.stop_work = true];
+        for (worker, stop) in workers.into_iter().zip(stops) {
+            stop(&mut self.wake.lock());
+            self.wake_signal.notify_all();
             if worker.join().is_err() {
                 log::error!("a background thread of the pool panicked");
             }
@@ -92,10 +99,10 @@ impl Pool {
         let mut until = Instant::now() + COMMIT_INTERVAL;
         loop {
             let mut wake = self.wake.lock();
-            while !wake.stop && !wake.commit && Instant::now() < until {
+            while !wake.stop_commit && !wake.commit && Instant::now() < until {
                 self.wake_signal.wait_until(&mut wake, until);
             }
-            if wake.stop {
+            if wake.stop_commit {
                 return;
             }
             if std::mem::take(&mut wake.commit) {
@@ -118,10 +125,10 @@ impl Pool {
         let mut last = Instant::now();
         loop {
             let mut wake = self.wake.lock();
-            if !wake.asked && !wake.stop {
+            if !wake.asked && !wake.stop_work {
                 self.wake_signal.wait_for(&mut wake, COMMIT_INTERVAL);
             }
-            if wake.stop {
+            if wake.stop_work {
                 return;
             }
             let asked = std::mem::take(&mut wake.checkpoint);
@@ -129,12 +136,12 @@ impl Pool {
             drop(wake);
             if let Err(error) = self.work(asked, &mut last) {
                 log::debug!("background work failed: {error}");
-                if self.poisoned().is_some() {
-                    // Nobody writes the checkpoint that they wait for any more.
+                if asked || self.poisoned().is_some() {
+                    // Nobody writes the checkpoint that they wait for.
                     self.commit_failed(&error);
                 }
                 self.relief.notify_all();
-                std::thread::sleep(PATIENCE);
+                thread::sleep(PATIENCE);
             }
         }
     }
@@ -149,7 +156,13 @@ impl Pool {
         let staged = self.stage.lock().blocks();
         let stale = last.elapsed() > CHECKPOINT_INTERVAL;
         let changed = staged > 0 || self.counters.dirty() > 0;
-        if asked || journal_half || many_dirty || (stale && changed) {
+        let mut waits = self.unfinished.lock().is_some();
+        self.ask_full_host()?;
+        if self.is_host_pressed() {
+            // What was deleted can go back to the host.
+            waits |= self.counters.dirty() > 0;
+        }
+        if asked || journal_half || many_dirty || waits || (stale && changed) {
             self.checkpoint_as(false)?;
             *last = Instant::now();
         } else if staged > self.limits.staged_blocks / 2 {
@@ -215,6 +228,7 @@ impl Pool {
 
     /// Keeps the limits. Called with no lock held.
     pub(crate) fn throttle(&self) -> Result<()> {
+        self.ask_full_host()?;
         loop {
             self.check_poison()?;
             let (pending, staged) = {
@@ -234,11 +248,22 @@ impl Pool {
                     let journal = self.journal.lock();
                     journal.used() > journal.size() / 2
                 };
-                if journal_half || excess > 0 || low || tight {
-                    self.checkpoint_as(false)?;
+                let done = if journal_half || excess > 0 || low || tight {
+                    self.checkpoint_as(false)
                 } else if staged >= self.limits.staged_blocks {
-                    self.destage_all()?;
-                }
+                    self.destage_all()
+                } else {
+                    Ok(())
+                };
+                return match done {
+                    // Deleting goes on as long as the journal has room.
+                    Err(error) if error.kind() == Kind::NoSpace && self.is_host_full() => Ok(()),
+                    done => done,
+                };
+            }
+            if self.is_host_full() {
+                // No checkpoint and no destage would help: whoever writes is refused, deleting goes
+                // on as long as the journal has room.
                 return Ok(());
             }
             if low || tight || excess > 1 {
@@ -262,6 +287,7 @@ impl Pool {
 
     /// Fails if nothing more should be created.
     pub(crate) fn check_room(&self) -> Result<()> {
+        self.check_host()?;
         if self.counters.available() < ROOM {
             return Err(full());
         }

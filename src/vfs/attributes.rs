@@ -151,7 +151,9 @@ impl Vfs {
     /// `df FILE` shows what deleting it gives back.
     pub fn space(&self, ino: Ino) -> Result<Space> {
         let usage = self.pool.usage();
-        let available = usage.available / BLOCK_BYTES;
+        // What the host cannot give nobody can write, whatever the pool has.
+        let host = usage.host_available.unwrap_or(u64::MAX);
+        let available = usage.available.min(host) / BLOCK_BYTES;
         let attr = self.pool.attr(ino)?;
         let (blocks, free) = if attr.kind == FileKind::Regular {
             let exclusive = self.file_usage(ino)?.exclusive / BLOCK_BYTES;

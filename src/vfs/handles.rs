@@ -23,6 +23,19 @@ pub struct OpenFlags {
     pub read: bool,
     /// Each change is durable before it is answered.
     pub sync: bool,
+    /// What is read by this handle may stay in a page cache.
+    pub cached: bool,
+}
+
+/// What a page cache must drop after a write around it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum StalePages {
+    /// Nothing: it has no pages of the file.
+    None,
+    /// The range that was written.
+    Written,
+    /// All of the file.
+    All,
 }
 
 #[derive(Debug)]
@@ -82,7 +95,7 @@ impl Vfs {
         }
         let flags = OpenFlags {
             read: true,
-            sync: false,
+            ..OpenFlags::default()
         };
         Ok(self.add_handle(ino, flags))
     }
@@ -92,6 +105,10 @@ impl Vfs {
         let Some(handle) = self.handles.remove(handle) else {
             return Ok(());
         };
+        if handle.flags.cached {
+            handle.inode.was_cached.store(true, Ordering::Release);
+            handle.inode.cached.fetch_sub(1, Ordering::AcqRel);
+        }
         let ended = self.end_pin(&handle.inode);
         let ino = handle.inode.ino;
         if self.inodes.drop_handle(ino) {
@@ -105,6 +122,21 @@ impl Vfs {
         match self.handles.get(handle) {
             Some(handle) if handle.inode.ino == ino => handle.flags,
             _ => OpenFlags::default(),
+        }
+    }
+
+    /// Which pages of a file may be stale after a write around the page cache. The kernel drops
+    /// those of the range before it sends such a write, but a reader may have put old ones back
+    /// since then, and be gone.
+    pub fn stale_pages(&self, handle: HandleId, ino: Ino) -> StalePages {
+        let inode = self.opened(handle, ino);
+        if inode.cached.load(Ordering::Acquire) > 0 {
+            StalePages::Written
+        } else if inode.was_cached.swap(false, Ordering::AcqRel) {
+            // Nobody reads now, so that after this there are no pages until somebody opens it.
+            StalePages::All
+        } else {
+            StalePages::None
         }
     }
 
@@ -123,6 +155,9 @@ impl Vfs {
 
     fn add_handle(&self, ino: Ino, flags: OpenFlags) -> HandleId {
         let inode = self.inodes.add_handle(ino);
+        if flags.cached {
+            inode.cached.fetch_add(1, Ordering::AcqRel);
+        }
         self.handles.insert(Handle { inode, flags })
     }
 }

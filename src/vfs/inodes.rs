@@ -6,7 +6,7 @@
 
 use std::collections::HashMap;
 use std::sync::Arc;
-use std::sync::atomic::AtomicBool;
+use std::sync::atomic::{AtomicBool, AtomicU64};
 
 use parking_lot::Mutex;
 
@@ -27,6 +27,10 @@ pub(super) struct Inode {
     pub(super) pin: Mutex<Option<Pin>>,
     /// True: it is known to have no set-id bits and no file capabilities.
     pub(super) unprivileged: AtomicBool,
+    /// Open handles that read by a page cache.
+    pub(super) cached: AtomicU64,
+    /// True: such a handle was closed, and what it read may still be there.
+    pub(super) was_cached: AtomicBool,
 }
 
 impl Inode {
@@ -36,6 +40,8 @@ impl Inode {
             pinned: AtomicBool::new(false),
             pin: Mutex::new(None),
             unprivileged: AtomicBool::new(false),
+            cached: AtomicU64::new(0),
+            was_cached: AtomicBool::new(false),
         }
     }
 }

@@ -11,7 +11,8 @@
 //! 4. Set-id bits and file capabilities do not survive a change of the contents by somebody who
 //!    may not keep them.
 
-use std::sync::Arc;
+use std::fmt::Debug;
+use std::sync::{Arc, OnceLock};
 
 use crate::engine::{Attr, Pool};
 use crate::error::{Error, Kind, Result};
@@ -32,7 +33,7 @@ pub use caller::{Access, Caller};
 pub use copy::COPY_BYTES_MAX;
 pub use data::{Allocate, Seek};
 pub use directory::{COOKIE_DOT, COOKIE_DOT_DOT};
-pub use handles::{HandleId, OpenFlags};
+pub use handles::{HandleId, OpenFlags, StalePages};
 pub use names::NewInode;
 
 use attributes::UsageCache;
@@ -66,11 +67,19 @@ pub struct VfsOptions {
     pub read_only: bool,
 }
 
+/// Is told what changed without the caller knowing it.
+pub trait Watcher: Debug + Send + Sync {
+    /// The mode of an inode is another one: its contents were changed by somebody who may not keep
+    /// set-id bits.
+    fn mode_changed(&self, ino: Ino);
+}
+
 /// A pool as a tree of files.
 #[derive(Debug)]
 pub struct Vfs {
     pool: Arc<Pool>,
     options: VfsOptions,
+    watcher: OnceLock<Box<dyn Watcher>>,
     inodes: Inodes,
     handles: Handles,
     usage: UsageCache,
@@ -82,10 +91,16 @@ impl Vfs {
         Self {
             pool,
             options,
+            watcher: OnceLock::new(),
             inodes: Inodes::default(),
             handles: Handles::default(),
             usage: UsageCache::default(),
         }
+    }
+
+    /// Names who is told of changes; once.
+    pub fn watch(&self, watcher: impl Watcher + 'static) {
+        assert!(self.watcher.set(Box::new(watcher)).is_ok(), "one watcher");
     }
 
     /// The pool below.

@@ -72,6 +72,13 @@ impl Vfs {
             }
             Err(error) if error.kind() == Kind::Exists && !exclusive => {
                 let attr = self.pool.lookup(dir, name)?;
+                // The kernel has seen no file, so it has checked no right to this one.
+                if !caller.is_root() && caller.uid != attr.uid {
+                    return Err(Error::new(
+                        Kind::Denied,
+                        "somebody else made a file of this name just now: open it again",
+                    ));
+                }
                 let handle = self.open(attr.ino, flags)?;
                 self.inodes.add_lookup(attr.ino);
                 Ok((attr, handle))
@@ -139,19 +146,22 @@ impl Vfs {
     }
 
     /// Clones `src`, a file or a directory with all in it, to each of `names` in `dir`: all or
-    /// none, in one instant. `owner`: user and group of what is made; `None` keeps them.
+    /// none, in one instant. `owner`: user and group of what is made; `None` keeps them. `allows`
+    /// sees each inode of the source at that instant.
     pub fn clone_tree(
         &self,
         src: Ino,
         dir: Ino,
         names: &[Vec<u8>],
         owner: Option<(u32, u32)>,
+        allows: &dyn Fn(&Attr) -> Result<()>,
     ) -> Result<()> {
         self.check_writable()?;
         for name in names {
             check_name(name)?;
         }
-        self.pool.clone_tree(src, dir, names, owner, Time::now())
+        self.pool
+            .clone_tree_if(src, dir, names, owner, Time::now(), allows)
     }
 
     fn make_node(

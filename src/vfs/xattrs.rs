@@ -81,6 +81,9 @@ impl Vfs {
                 ..SetAttr::default()
             };
             self.pool.set_attr(inode.ino, &set)?;
+            if let Some(watcher) = self.watcher.get() {
+                watcher.mode_changed(inode.ino);
+            }
         }
         if mode & (MODE_SETUID | MODE_SETGID) != 0 {
             inode.unprivileged.store(false, Ordering::Release);

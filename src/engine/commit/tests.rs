@@ -1,0 +1,146 @@
+//! A full ring: the batch of a cut waits in memory until its checkpoint is durable.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use crate::device::{Fault, FaultOp, Repeat, SimDevice};
+use crate::engine::{CreateOptions, FileKind, NewNode, OpenOptions, Pool};
+use crate::error::{Error, Kind};
+use crate::ondisk::record::Record;
+use crate::sync::{mpsc, thread};
+use crate::units::{Ino, Time};
+
+const MIB: u64 = 1024 * 1024;
+
+/// An empty pool with a ring of 1 MiB.
+fn new_pool() -> (Arc<SimDevice>, Arc<Pool>) {
+    let device = Arc::new(SimDevice::new(12 * MIB, 1));
+    let options = CreateOptions {
+        journal_size: Some(MIB),
+        uuid: [1; 16],
+        hash_key: [2; 16],
+        uid: 0,
+        gid: 0,
+        time: Time::default(),
+    };
+    Pool::create(device.clone(), None, &options).expect("there is room");
+    let options = OpenOptions {
+        read_only: false,
+        cache_size: 4 * MIB,
+    };
+    let pool = Pool::open(device.clone(), None, &options).expect("a new pool opens");
+    (device, pool)
+}
+
+fn refused() -> Error {
+    Error::new(Kind::NoSpace, "the host is full")
+}
+
+/// Changes the trees, so that a checkpoint has nodes to write.
+fn create(pool: &Pool, name: &str) -> Ino {
+    let node = NewNode {
+        kind: FileKind::Regular,
+        mode: 0o600,
+        uid: 0,
+        gid: 0,
+        rdev: 0,
+        target: b"",
+    };
+    let made = pool.create_node(Ino::ROOT, name.as_bytes(), &node, Time::default());
+    made.expect("there is room").ino
+}
+
+/// Queues what changes nothing, without keeping the limits.
+fn push(pool: &Pool, ino: Ino) {
+    pool.stage.lock().push(Record::RemoveXattr {
+        ino,
+        name: vec![b'x'; 200],
+        now: Time::default(),
+    });
+}
+
+/// Fills the ring, by cuts whose checkpoints were given up.
+fn fill_ring(pool: &Pool, ino: Ino) {
+    for _ in 0..MIB / 4096 {
+        for _ in 0..300 {
+            push(pool, ino);
+        }
+        let gate = pool.gate.write();
+        let cut = pool.commit_cut().expect("the device is sound");
+        let is_full = cut.held.is_some();
+        pool.stage.lock().uncut_attrs();
+        pool.end_cut(cut, Some(&refused()));
+        drop(gate);
+        if is_full {
+            return;
+        }
+    }
+    panic!("the ring never gets full");
+}
+
+/// What `call` returns, in time.
+fn ends<T: Send + 'static>(pool: &Arc<Pool>, call: fn(&Pool) -> T) -> T {
+    let (sender, receiver) = mpsc::channel();
+    let pool = Arc::clone(pool);
+    let caller = thread::spawn(move || sender.send(call(&pool)));
+    let outcome = receiver.recv_timeout(Duration::from_secs(20));
+    let outcome = outcome.expect("it ends in time");
+    let sent = caller.join().expect("it does not panic");
+    sent.expect("somebody receives");
+    outcome
+}
+
+/// A pool whose ring is full, and whose checkpoint waits behind the cut with its batch held.
+fn held() -> (Arc<SimDevice>, Arc<Pool>) {
+    let (device, pool) = new_pool();
+    let ino = create(&pool, "a");
+    fill_ring(&pool, ino);
+    device.fail(FaultOp::Write, 1, Fault::NoSpace, Repeat::Forever);
+    let error = pool.checkpoint().expect_err("the host is full");
+    assert_eq!(error.kind(), Kind::NoSpace, "{error}");
+    assert!(pool.commit.state.lock().held, "the batch is held");
+    push(&pool, ino);
+    (device, pool)
+}
+
+#[test]
+fn nobody_waits_for_a_held_batch() {
+    let (device, pool) = held();
+    let error = ends(&pool, Pool::sync).expect_err("the host is full");
+    assert_eq!(error.kind(), Kind::NoSpace, "{error}");
+    pool.poison(&refused());
+    let error = ends(&pool, Pool::sync).expect_err("the pool is poisoned");
+    assert_eq!(error.kind(), Kind::Poisoned, "{error}");
+    drop(device);
+    let (device, pool) = held();
+    device.heal();
+    ends(&pool, Pool::sync).expect("the host has space again");
+    ends(&pool, Pool::close).expect("the host has space again");
+}
+
+#[test]
+fn a_pool_with_a_held_batch_closes() {
+    let (_device, pool) = held();
+    pool.start().expect("threads can be made");
+    thread::sleep(Duration::from_millis(1300)); // the commit thread has its turn
+    let error = ends(&pool, Pool::close).expect_err("the host is full");
+    assert_eq!(error.kind(), Kind::NoSpace, "{error}");
+    assert!(!error.to_string().contains("nothing is lost"), "{error}");
+}
+
+#[test]
+fn the_last_cut_closes_the_stage_also_with_a_full_ring() {
+    let (_device, pool) = new_pool();
+    let ino = create(&pool, "a");
+    fill_ring(&pool, ino);
+    assert!(pool.stage.lock().has_room(0, usize::MAX));
+    pool.set_closed();
+    let gate = pool.gate.write();
+    let cut = pool.commit_cut().expect("the device is sound");
+    assert!(cut.held.is_some(), "the ring is full");
+    // A writer that had begun before the close comes now: it would be in no durable state.
+    let has_room = pool.stage.lock().has_room(0, usize::MAX);
+    pool.end_cut(cut, Some(&refused()));
+    drop(gate);
+    assert!(!has_room, "staged behind the last cut");
+}
