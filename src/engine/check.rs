@@ -4,29 +4,48 @@
 //! It is written against `docs/format.md`: it walks nodes by itself, and counts references by
 //! itself, so that a mistake of the engine is not repeated here.
 //!
-//! Memory is bounded by the metadata, not by the data: about 150 bytes for each extent that is
-//! not shared, 24 for each run of reference counts, 250 for each inode, and 1 MiB for data
-//! blocks. Checksums are compared while their tree is walked and never held.
+//! Memory is bounded by [`CheckOptions::memory`], whatever the size of the pool:
+//!
+//! - References are counted for as much of the pool as half of the bound can tell (`ledger.rs`);
+//!   then these counts are compared and the data they stand for is read, and another pass counts
+//!   the next part. Each pass reads the namespace and the extent maps again.
+//! - Inodes are compared with the names that lead to them in the same way, by ranges of numbers
+//!   (`names.rs`).
+//! - What has to be remembered as a whole is small: which nodes of extent maps were entered (1 bit
+//!   for each block of the pool at most, `seen.rs`), and the parents of directories (16 bytes
+//!   each). If a quarter of the bound is too little for one of them, check says so and ends.
+//! - Spans of shared nodes are remembered as far as an eighth of the bound goes, and read again
+//!   where they are not.
+//! - At most 1000 findings are kept, and their files are looked for at the end (`places.rs`).
 
 mod data;
+pub(crate) mod journal;
+pub(crate) mod ledger;
+mod maps;
+pub(crate) mod names;
+mod places;
+mod refs;
+pub(crate) mod seen;
+mod slots;
+pub(crate) mod walk;
 
-use std::collections::{BTreeMap, HashMap, HashSet};
+use std::collections::{BTreeMap, HashMap};
 
 use crate::device::BlockDevice;
-use crate::error::{Error, Result};
-use crate::ondisk::extent::{
-    GROUP_BLOCKS, NodeRef, Root, decode_extent, decode_group, decode_refs_run,
-};
-use crate::ondisk::inode::{FLAG_PINNED, Inode, InodeKind, KeyType, decode_entries, split_key};
-use crate::ondisk::node::{Node, TreeKind};
-use crate::ondisk::superblock::Superblock;
-use crate::units::{BLOCK_SIZE, Ino};
+use crate::error::{Error, Kind, Result};
+use crate::ondisk::extent::{GROUP_BLOCKS, decode_group};
+use crate::ondisk::node::TreeKind;
+use crate::ondisk::superblock::{FLAG_EXTERNAL_JOURNAL, Superblock};
 
 use super::pool::Pool;
-use super::recover::read_superblock;
-use super::types::Finding;
+use super::slots::Slots;
+use super::types::{CheckCounts, CheckOptions, CheckReport, Finding};
 
-/// Findings after which a badly damaged pool is not searched further.
+use ledger::Ledger;
+use seen::Seen;
+use walk::{Event, Range, Reader, walk};
+
+/// Findings after which a badly damaged pool is not described further.
 const FINDINGS_MAX: usize = 1000;
 
 /// Numbers of findings. Never used again for another; documented in `docs/check.md`.
@@ -51,44 +70,85 @@ pub(crate) mod code {
     pub(crate) const INODE_COUNT: u32 = 17;
     pub(crate) const NUMBER: u32 = 18;
     pub(crate) const DATA: u32 = 19;
+    pub(crate) const CONFLICT: u32 = 20;
+    pub(crate) const UNREACHABLE: u32 = 21;
+    pub(crate) const NAME: u32 = 22;
+    pub(crate) const LONG_VALUE: u32 = 23;
+    pub(crate) const LINEAGE: u32 = 24;
+    pub(crate) const SUPERBLOCK: u32 = 25;
+    pub(crate) const LOGICAL: u32 = 27;
+    pub(crate) const INODE: u32 = 28;
+    pub(crate) const JOURNAL: u32 = 30;
+}
+
+/// What a finding is about, to find its files.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Subject {
+    /// The pool as a whole.
+    Pool,
+    /// An inode.
+    Inode(u64),
+    /// A run of data blocks, first and end.
+    Data(u64, u64),
+    /// A node of an extent map.
+    Node(u64),
+}
+
+/// A finding before its files are known.
+#[derive(Debug)]
+struct Noted {
+    code: u32,
+    message: String,
+    subject: Subject,
+}
+
+/// All findings so far.
+#[derive(Debug, Default)]
+pub(crate) struct Findings {
+    list: Vec<Noted>,
+    /// How many more there were.
+    more: u64,
+}
+
+impl Findings {
+    /// Adds a finding, once: passes may meet it again.
+    pub(crate) fn add(&mut self, code: u32, subject: Subject, message: String) {
+        let known = |noted: &Noted| noted.code == code && noted.message == message;
+        if self.list.iter().any(known) {
+            return;
+        }
+        if self.list.len() >= FINDINGS_MAX {
+            self.more += 1;
+            return;
+        }
+        self.list.push(Noted {
+            code,
+            message,
+            subject,
+        });
+    }
 }
 
 struct Checker<'a> {
-    device: &'a dyn BlockDevice,
-    sb: Superblock,
-    findings: Vec<Finding>,
-    /// References found: by runs of blocks, as changes at their borders.
-    references: BTreeMap<u64, i64>,
-    /// Nodes of extent maps seen: their references are counted, their contents once.
-    extent_nodes: HashMap<u64, Span>,
-    /// Runs of data blocks found, first and end, as they come.
-    data: Vec<(u64, u64)>,
+    reader: Reader<'a>,
+    /// The device of the ring; `None` if it is elsewhere and was not given.
+    ring: Option<&'a dyn BlockDevice>,
+    options: CheckOptions,
+    findings: Findings,
+    marks: Marks,
+    counts: CheckCounts,
+    ledger: Ledger,
+    /// Nodes of extent maps whose contents this pass has counted.
+    seen: Seen,
+    /// What subtrees map, as far as there is memory.
+    spans: HashMap<u64, maps::Known>,
+    /// What passes hand on to the next one.
+    refs: refs::Carry,
+    /// A reason to end early.
+    failure: Option<Error>,
     /// Blocks read, for the progress.
     read: u64,
     progress: &'a mut dyn FnMut(u64, u64),
-}
-
-/// What a part of an extent map maps.
-#[derive(Clone, Copy, Default)]
-struct Span {
-    /// Blocks.
-    mapped: u64,
-    /// The first file block, and the one behind the last; both 0 if nothing is mapped.
-    first: u128,
-    end: u128,
-}
-
-#[derive(Default)]
-struct Names {
-    inodes: BTreeMap<u64, Inode>,
-    /// Entries that name an inode, and the subdirectories of a directory.
-    links: HashMap<u64, u32>,
-    subdirectories: HashMap<u64, u32>,
-    /// Directory, inode and kind of each entry.
-    entries: Vec<(u64, u64, InodeKind)>,
-    orphans: HashSet<u64>,
-    owners: HashSet<u64>,
-    detached: Vec<Root>,
 }
 
 impl Pool {
@@ -100,10 +160,11 @@ impl Pool {
     /// If there is no pool, or its device cannot be read. Damage is a finding, not an error.
     pub fn check(
         device: &dyn BlockDevice,
-        _journal: Option<&dyn BlockDevice>,
+        journal: Option<&dyn BlockDevice>,
         progress: &mut dyn FnMut(u64, u64),
     ) -> Result<Vec<Finding>> {
-        Self::check_as(device, true, progress)
+        let report = Self::check_with(device, journal, &CheckOptions::default(), progress)?;
+        Ok(report.findings)
     }
 
     /// As [`check`](Self::check), but reads no data: quick, and blind to damage there.
@@ -114,487 +175,291 @@ impl Pool {
         device: &dyn BlockDevice,
         progress: &mut dyn FnMut(u64, u64),
     ) -> Result<Vec<Finding>> {
-        Self::check_as(device, false, progress)
+        let options = CheckOptions {
+            data: false,
+            ..CheckOptions::default()
+        };
+        Ok(Self::check_with(device, None, &options, progress)?.findings)
     }
 
-    fn check_as(
+    /// As [`check`](Self::check), with options and a full report.
+    ///
+    /// # Errors
+    /// As [`check`](Self::check); also `TooLarge` if the pool needs more memory than it may use.
+    pub fn check_with(
         device: &dyn BlockDevice,
-        with_data: bool,
+        journal: Option<&dyn BlockDevice>,
+        options: &CheckOptions,
         progress: &mut dyn FnMut(u64, u64),
-    ) -> Result<Vec<Finding>> {
-        let sb = read_superblock(device)?;
-        let mut checker = Checker {
-            device,
-            sb,
-            findings: Vec::new(),
-            references: BTreeMap::new(),
-            extent_nodes: HashMap::new(),
-            data: Vec::new(),
+    ) -> Result<CheckReport> {
+        let search = if options.search {
+            u64::MAX
+        } else {
+            super::slots::SEARCH_AT_OPEN
+        };
+        let sb = Slots::read(device, search).newest(false)?;
+        Ok(survey(device, journal, &sb, options, progress)?.0)
+    }
+}
+
+/// What a repair needs to know beside the findings, complete and not in words.
+#[derive(Debug, Default)]
+pub(crate) struct Marks {
+    /// Data blocks that are not what was written, sorted runs.
+    pub(crate) bad: Vec<(u64, u64)>,
+    /// Data blocks without checksums, sorted runs.
+    pub(crate) unsummed: Vec<(u64, u64)>,
+    /// Something of the checksum tree is damaged.
+    pub(crate) sums_lost: bool,
+}
+
+/// Checks the trees of one superblock.
+pub(crate) fn survey(
+    device: &dyn BlockDevice,
+    journal: Option<&dyn BlockDevice>,
+    sb: &Superblock,
+    options: &CheckOptions,
+    progress: &mut dyn FnMut(u64, u64),
+) -> Result<(CheckReport, Marks)> {
+    let mut checker = Checker::new(device, journal, sb, options, progress);
+    checker.run();
+    if let Some(error) = checker.failure.take() {
+        return Err(error);
+    }
+    let more = checker.findings.more;
+    let findings = checker.name_findings();
+    let report = CheckReport {
+        findings,
+        more,
+        counts: checker.counts,
+    };
+    let mut marks = checker.marks;
+    marks.bad = joined(marks.bad);
+    marks.unsummed = joined(marks.unsummed);
+    Ok((report, marks))
+}
+
+/// Counts all references of one superblock's trees, as far as all of the memory can tell.
+pub(crate) fn count_references(
+    device: &dyn BlockDevice,
+    sb: &Superblock,
+    options: &CheckOptions,
+) -> Result<Ledger> {
+    let mut progress = |_, _| {};
+    let mut checker = Checker::new(device, None, sb, options, &mut progress);
+    checker.count(sb.first_block(), options.memory as usize);
+    match checker.failure.take() {
+        Some(error) => Err(error),
+        None => Ok(checker.ledger),
+    }
+}
+
+/// Sorts runs and joins those that touch or overlap.
+fn joined(mut runs: Vec<(u64, u64)>) -> Vec<(u64, u64)> {
+    runs.sort_unstable();
+    runs.dedup_by(|next, run| {
+        let joins = next.0 <= run.1;
+        if joins {
+            run.1 = run.1.max(next.1);
+        }
+        joins
+    });
+    runs
+}
+
+impl<'a> Checker<'a> {
+    fn new(
+        device: &'a dyn BlockDevice,
+        journal: Option<&'a dyn BlockDevice>,
+        sb: &'a Superblock,
+        options: &CheckOptions,
+        progress: &'a mut dyn FnMut(u64, u64),
+    ) -> Self {
+        let ring = match sb.flags & FLAG_EXTERNAL_JOURNAL != 0 {
+            true => journal,
+            false => Some(device),
+        };
+        Self {
+            reader: Reader { device, sb },
+            ring,
+            options: options.clone(),
+            findings: Findings::default(),
+            marks: Marks::default(),
+            counts: CheckCounts::default(),
+            ledger: Ledger::new(0, 0, 0),
+            seen: Seen::default(),
+            spans: HashMap::new(),
+            refs: refs::Carry::default(),
+            failure: None,
             read: 0,
             progress,
-        };
-        checker.run(with_data);
-        Ok(checker.findings)
+        }
     }
 }
 
 impl Checker<'_> {
-    fn find(&mut self, code: u32, message: String) {
-        if self.findings.len() < FINDINGS_MAX {
-            self.findings.push(Finding { code, message });
-        }
+    fn find(&mut self, code: u32, subject: Subject, message: String) {
+        self.findings.add(code, subject, message);
     }
 
-    fn run(&mut self, with_data: bool) {
-        let mut groups = BTreeMap::new();
-        self.walk(
-            self.sb.groups,
-            TreeKind::Groups,
-            &mut |this, key, value| match decode_group(value) {
-                Ok(free) if key < u128::from(this.sb.end_block().div_ceil(GROUP_BLOCKS)) => {
-                    groups.insert(key as u64, free);
-                }
-                Ok(_) => this.find(code::OUTSIDE, format!("group {key} lies outside the pool")),
-                Err(error) => this.find(code::RECORD, format!("group {key}: {error}")),
-            },
-        );
-        let mut refs = Vec::new();
-        self.walk(
-            self.sb.refs,
-            TreeKind::Refs,
-            &mut |this, key, value| match decode_refs_run(key, value) {
-                Ok((start, end, count)) if this.holds(start, end) => {
-                    refs.push((start, end - start, count));
-                }
-                Ok(_) => this.find(
-                    code::OUTSIDE,
-                    format!("refcount at block {key} lies outside the pool"),
-                ),
-                Err(error) => this.find(code::RECORD, format!("refcount at block {key}: {error}")),
-            },
-        );
-        let mut names = Names::default();
-        self.walk(
-            self.sb.namespace,
-            TreeKind::Namespace,
-            &mut |this, key, value| {
-                this.name_record(&mut names, key, value);
-            },
-        );
-        self.check_names(&names);
-        for (ino, inode) in &names.inodes {
-            let mapped = self.extent_map(inode.root, &format!("inode {ino}"));
-            if mapped != inode.mapped {
-                let text = format!(
-                    "inode {ino} maps {mapped} blocks, its record says {}",
-                    inode.mapped
-                );
-                self.find(code::MAPPED, text);
-            }
-        }
-        for (i, root) in names.detached.iter().enumerate() {
-            self.extent_map(*root, &format!("detached map {i}"));
-        }
-        self.check_data(with_data);
-        self.check_refs(&refs);
-        self.check_groups(&refs, &groups);
+    /// A share of the memory that may be used.
+    fn share(&self, part: u64) -> usize {
+        const LEAST: u64 = 16 * 1024;
+        (self.options.memory / part).max(LEAST) as usize
     }
 
-    /// True if the blocks `start` up to `end` can be allocated.
-    fn holds(&self, start: u64, end: u64) -> bool {
-        start >= self.sb.first_block() && end <= self.sb.end_block()
+    /// Ends the check: `what` does not fit into a quarter of the memory.
+    fn too_little_memory(&mut self, what: &str, needed: usize) {
+        let error = Error::new(
+            Kind::TooLarge,
+            format!(
+                "check needs more memory to remember {what}: at least {} bytes, it may use {}",
+                needed as u64 * 5,
+                self.options.memory
+            ),
+        );
+        self.failure = self.failure.take().or(Some(error));
     }
 
-    /// Notes that `blocks` more were read. All that is in use is read once.
+    fn run(&mut self) {
+        self.check_slots();
+        self.check_journal();
+        self.check_names();
+        let sb = self.reader.sb;
+        let mut start = sb.first_block();
+        while start < sb.end_block() && self.failure.is_none() {
+            self.pass(start);
+            start = self.ledger.end();
+            self.counts.passes += 1;
+        }
+        self.check_free();
+    }
+
+    /// Counts references for as much of the pool, from `start` on, as fits; compares them with
+    /// the refcount tree and reads the data.
+    fn pass(&mut self, start: u64) {
+        let sb = self.reader.sb;
+        self.count(start, self.share(2));
+        if self.failure.is_some() {
+            return;
+        }
+        let ledger = std::mem::replace(&mut self.ledger, Ledger::new(0, 0, 0));
+        let first = start == sb.first_block();
+        let last = ledger.reaches(sb.end_block());
+        self.check_data(&ledger, last);
+        self.check_refs(&ledger, first, last);
+        self.ledger = ledger;
+    }
+
+    /// Counts references from block `start` on, as far as `room` bytes can tell.
+    fn count(&mut self, start: u64, room: usize) {
+        let sb = self.reader.sb;
+        self.ledger = Ledger::new(start, sb.end_block(), room);
+        self.seen.clear();
+        self.spans.clear();
+        for (root, kind) in [
+            (sb.refs, TreeKind::Refs),
+            (sb.sums, TreeKind::Sums),
+            (sb.groups, TreeKind::Groups),
+        ] {
+            self.tree(root, kind, walk::ALL, Some(1), &mut |_, _, _| {});
+        }
+        self.walk_maps();
+    }
+
+    /// Notes that `blocks` more were read. All that is in use is read once at least.
     fn advance(&mut self, blocks: u64) {
-        let usable = self.sb.end_block() - self.sb.first_block();
-        let total = usable - self.sb.free.min(usable);
+        let sb = self.reader.sb;
+        let usable = sb.end_block() - sb.first_block();
+        let total = usable - sb.free.min(usable);
         self.read += blocks;
         (self.progress)(self.read.min(total), total);
     }
 
-    /// Reads a node; damage is a finding.
-    fn node(&mut self, kind: TreeKind, level: u8, at: NodeRef) -> Option<Node> {
-        self.advance(1);
-        if !self.holds(at.block, at.block + 1) {
-            let text = format!(
-                "a node of {kind:?} lies outside the pool: block {}",
-                at.block
-            );
-            self.find(code::OUTSIDE, text);
-            return None;
-        }
-        let mut page = Box::new([0; BLOCK_SIZE]);
-        let read = self
-            .device
-            .read_at(at.block * BLOCK_SIZE as u64, &mut page[..]);
-        let node = read
-            .map_err(|source| Error::io("cannot read a node", source))
-            .and_then(|()| Node::verify(page, kind, level, at, self.sb.pool_id()));
-        match node {
-            Ok(node) if node.generation() <= self.sb.generation => Some(node),
-            Ok(node) => {
-                self.find(code::NODE, format!("node is from the future: {node:?}"));
-                None
-            }
-            Err(error) => {
-                self.find(code::NODE, error.to_string());
-                None
-            }
-        }
-    }
-
-    fn refer(&mut self, start: u64, end: u64) {
-        *self.references.entry(start).or_default() += 1;
-        *self.references.entry(end).or_default() -= 1;
-    }
-
-    /// Visits all records of a tree that is not shared.
-    fn walk(&mut self, root: Root, kind: TreeKind, visit: &mut dyn FnMut(&mut Self, u128, &[u8])) {
-        if !root.is_empty() {
-            let mut seen = HashSet::new();
-            self.walk_below(
-                root.level,
-                root.node,
-                kind,
-                (0, u128::MAX),
-                &mut seen,
-                visit,
-            );
-        }
-    }
-
-    fn walk_below(
+    /// Visits the records of a tree that is not shared, and counts its nodes in the ledger if
+    /// `counted`: the lowest level that is read.
+    fn tree(
         &mut self,
-        level: u8,
-        at: NodeRef,
+        root: crate::ondisk::extent::Root,
         kind: TreeKind,
-        range: (u128, u128),
-        seen: &mut HashSet<u64>,
+        keys: Range,
+        counted: Option<u8>,
         visit: &mut dyn FnMut(&mut Self, u128, &[u8]),
     ) {
-        if !seen.insert(at.block) {
-            return self.find(
-                code::NODE,
-                format!("node {} is in tree {kind:?} twice", at.block),
-            );
-        }
-        self.refer(at.block, at.block + 1);
-        let Some(node) = self.node(kind, level, at) else {
-            return;
-        };
-        for i in 0..node.count() {
-            let key = node.key(i);
-            if key < range.0 || key > range.1 {
-                self.find(
-                    code::KEY_RANGE,
-                    format!("key {key:#x} is misplaced in {node:?}"),
-                );
-            }
-            if level == 0 {
-                visit(self, key, node.value(i));
-            } else {
-                let end = if i + 1 < node.count() {
-                    node.key(i + 1) - 1
-                } else {
-                    range.1
-                };
-                self.walk_below(level - 1, node.child(i), kind, (key, end), seen, visit);
-            }
-        }
-    }
-
-    /// Walks an extent map; shared nodes are referred to each time but entered once. Returns
-    /// the number of mapped blocks.
-    fn extent_map(&mut self, root: Root, owner: &str) -> u64 {
-        if root.is_empty() {
-            return 0;
-        }
-        self.extents_below(root.level, root.node, (0, u128::MAX), owner)
-            .mapped
-    }
-
-    fn extents_below(&mut self, level: u8, at: NodeRef, range: (u128, u128), owner: &str) -> Span {
-        self.refer(at.block, at.block + 1);
-        if let Some(span) = self.extent_nodes.get(&at.block) {
-            return *span;
-        }
-        self.extent_nodes.insert(at.block, Span::default()); // a cycle ends here
-        let Some(node) = self.node(TreeKind::Extents, level, at) else {
-            return Span::default();
-        };
-        let mut sum = Span::default();
-        for i in 0..node.count() {
-            let key = node.key(i);
-            if key < range.0 || key > range.1 {
-                self.find(
-                    code::KEY_RANGE,
-                    format!("extent {key} of {owner} is misplaced in {node:?}"),
-                );
-            }
-            let part = if level > 0 {
-                let end = if i + 1 < node.count() {
-                    node.key(i + 1) - 1
-                } else {
-                    range.1
-                };
-                self.extents_below(level - 1, node.child(i), (key, end), owner)
-            } else {
-                self.extent(key, node.value(i), owner)
-            };
-            if part.mapped == 0 {
-                continue;
-            }
-            if sum.mapped > 0 && part.first < sum.end {
-                self.find(
-                    code::OVERLAP,
-                    format!("extent {} of {owner} overlaps another", part.first),
-                );
-            }
-            if sum.mapped == 0 {
-                sum.first = part.first;
-            }
-            sum.end = sum.end.max(part.end);
-            sum.mapped = sum.mapped.saturating_add(part.mapped);
-        }
-        self.extent_nodes.insert(at.block, sum);
-        sum
-    }
-
-    /// One extent, with the references to its blocks.
-    fn extent(&mut self, key: u128, value: &[u8], owner: &str) -> Span {
-        let run = match decode_extent(value) {
-            Ok(run) => run,
-            Err(error) => {
-                self.find(code::RECORD, format!("extent {key} of {owner}: {error}"));
-                return Span::default();
-            }
-        };
-        if self.holds(run.block, run.end()) {
-            self.refer(run.block, run.end());
-            self.data.push((run.block, run.end()));
-        } else {
-            self.find(
-                code::OUTSIDE,
-                format!("extent {key} of {owner} lies outside the pool"),
-            );
-        }
-        Span {
-            mapped: u64::from(run.len),
-            first: key,
-            end: key + u128::from(run.len),
-        }
-    }
-
-    fn name_record(&mut self, names: &mut Names, key: u128, value: &[u8]) {
-        let (ino, kind, rest) = split_key(key);
-        let Some(kind) = KeyType::from_code(kind) else {
-            return self.find(
-                code::RECORD,
-                format!("namespace key {key:#x} has an unknown type"),
-            );
-        };
-        match kind {
-            KeyType::Inode => match Inode::decode(value) {
-                Ok(inode) => drop(names.inodes.insert(ino, inode)),
-                Err(error) => self.find(code::RECORD, format!("inode {ino}: {error}")),
-            },
-            KeyType::Entries => match decode_entries(value) {
-                Ok(entries) => {
-                    for entry in entries {
-                        *names.links.entry(entry.ino.0).or_default() += 1;
-                        if entry.kind == InodeKind::Directory {
-                            *names.subdirectories.entry(ino).or_default() += 1;
-                        }
-                        names.entries.push((ino, entry.ino.0, entry.kind));
+        walk(
+            self.reader,
+            self,
+            root,
+            kind,
+            keys,
+            &mut |this, event| match event {
+                Event::Node { at, level } => {
+                    let deep_enough = level >= counted.unwrap_or(0);
+                    if counted.is_some() {
+                        this.ledger.add_node(at.block, kind);
                     }
+                    // Counting passes read what is above the leaves again and again; the leaves
+                    // are read part by part when they are compared.
+                    let new = match counted {
+                        Some(_) => deep_enough && this.counts.passes == 0,
+                        None => level == 0,
+                    };
+                    if new {
+                        this.counts.nodes += 1;
+                        this.advance(1);
+                    }
+                    deep_enough
                 }
-                Err(error) => self.find(code::RECORD, format!("directory {ino}: {error}")),
+                Event::Record { key, value } => {
+                    visit(this, key, value);
+                    true
+                }
+                Event::Lost { fault } => {
+                    this.marks.sums_lost |= kind == TreeKind::Sums;
+                    this.find(fault.code, Subject::Pool, fault.text);
+                    true
+                }
+                Event::Misplaced { key, node } => {
+                    this.marks.sums_lost |= kind == TreeKind::Sums;
+                    let text = format!("key {key:#x} is misplaced in {node:?}");
+                    this.find(code::KEY_RANGE, Subject::Pool, text);
+                    true
+                }
             },
-            KeyType::Xattr | KeyType::Symlink => drop(names.owners.insert(ino)),
-            KeyType::Orphan => drop(names.orphans.insert(rest)),
-            KeyType::Detached => match Root::decode(value) {
-                Ok(root) => names.detached.push(root),
-                Err(error) => self.find(code::RECORD, format!("detached map {rest}: {error}")),
-            },
-        }
+        );
     }
 
-    fn check_names(&mut self, names: &Names) {
-        for (dir, ino, kind) in &names.entries {
-            match names.inodes.get(ino) {
-                None => self.find(
-                    code::NO_INODE,
-                    format!("directory {dir} names inode {ino}, which is not there"),
+    /// The group records of the groups that blocks `start` up to `end` belong to.
+    fn stored_groups(&mut self, start: u64, end: u64, last: bool) -> BTreeMap<u64, u32> {
+        let sb = self.reader.sb;
+        let all = sb.end_block().div_ceil(GROUP_BLOCKS);
+        let keys = match last {
+            true => (u128::from(start / GROUP_BLOCKS), u128::MAX),
+            false => (
+                u128::from(start / GROUP_BLOCKS),
+                u128::from((end - 1) / GROUP_BLOCKS),
+            ),
+        };
+        let mut groups = BTreeMap::new();
+        self.tree(
+            sb.groups,
+            TreeKind::Groups,
+            keys,
+            None,
+            &mut |this, key, value| match decode_group(value) {
+                Ok(free) if key < u128::from(all) => {
+                    groups.insert(key as u64, free);
+                }
+                Ok(_) => this.find(
+                    code::OUTSIDE,
+                    Subject::Pool,
+                    format!("group {key} lies outside the pool"),
                 ),
-                Some(inode) if inode.kind != *kind => {
-                    self.find(
-                        code::ENTRY_KIND,
-                        format!("directory {dir} says inode {ino} is {kind:?}"),
-                    );
+                Err(error) => {
+                    this.find(code::RECORD, Subject::Pool, format!("group {key}: {error}"))
                 }
-                Some(inode) if inode.kind == InodeKind::Directory && inode.parent != *dir => {
-                    self.find(
-                        code::PARENT,
-                        format!("directory {ino} is in {dir}, but says {}", inode.parent),
-                    );
-                }
-                Some(_) => {}
-            }
-            if !names
-                .inodes
-                .get(dir)
-                .is_some_and(|inode| inode.kind == InodeKind::Directory)
-            {
-                self.find(
-                    code::NO_INODE,
-                    format!("entries belong to {dir}, which is no directory"),
-                );
-            }
-        }
-        for (ino, inode) in &names.inodes {
-            let links = names.links.get(ino).copied().unwrap_or(0);
-            let expect = match inode.kind {
-                InodeKind::Directory if links > 0 || *ino == Ino::ROOT.0 => {
-                    2 + names.subdirectories.get(ino).copied().unwrap_or(0)
-                }
-                _ => links,
-            };
-            if inode.nlink != expect {
-                self.find(
-                    code::NLINK,
-                    format!(
-                        "inode {ino} has {expect} links, its record says {}",
-                        inode.nlink
-                    ),
-                );
-            }
-            let orphan = names.orphans.contains(ino);
-            if orphan != (inode.nlink == 0 || inode.flags & FLAG_PINNED != 0) {
-                self.find(
-                    code::ORPHAN,
-                    format!("inode {ino} and the list of orphans disagree"),
-                );
-            }
-            if *ino >= self.sb.next_ino {
-                self.find(
-                    code::NUMBER,
-                    format!("inode {ino} has a number not given out yet"),
-                );
-            }
-        }
-        for ino in names.orphans.iter().chain(&names.owners) {
-            if !names.inodes.contains_key(ino) {
-                self.find(
-                    code::NO_INODE,
-                    format!("something belongs to inode {ino}, which is not there"),
-                );
-            }
-        }
-        if !names.inodes.contains_key(&Ino::ROOT.0) {
-            self.find(code::NO_INODE, "there is no root directory".into());
-        }
-        if names.inodes.len() as u64 != self.sb.inodes {
-            let text = format!(
-                "there are {} inodes, the superblock says {}",
-                names.inodes.len(),
-                self.sb.inodes
-            );
-            self.find(code::INODE_COUNT, text);
-        }
-    }
-
-    /// Compares the references found with the refcount tree.
-    fn check_refs(&mut self, refs: &[(u64, u64, u32)]) {
-        let mut borders = std::mem::take(&mut self.references);
-        let mut found = Vec::new(); // runs with their number of references
-        let (mut count, mut from) = (0, 0);
-        while let Some((at, change)) = borders.pop_first() {
-            if count > 0 && at > from {
-                found.push((from, at, count));
-            }
-            count += change;
-            from = at;
-        }
-        // Sweep both lists of runs by their borders.
-        let mut edges: Vec<u64> = found.iter().flat_map(|run| [run.0, run.1]).collect();
-        edges.extend(refs.iter().flat_map(|run| [run.0, run.0 + run.1]));
-        edges.sort_unstable();
-        edges.dedup();
-        let (mut f, mut r) = (0, 0);
-        for pair in edges.windows(2) {
-            while f < found.len() && found[f].1 <= pair[0] {
-                f += 1;
-            }
-            while r < refs.len() && refs[r].0 + refs[r].1 <= pair[0] {
-                r += 1;
-            }
-            let real = found
-                .get(f)
-                .filter(|run| run.0 <= pair[0])
-                .map_or(0, |run| run.2);
-            let stored = refs
-                .get(r)
-                .filter(|run| run.0 <= pair[0])
-                .map_or(0, |run| i64::from(run.2));
-            if stored < real {
-                self.find(
-                    code::REFCOUNT,
-                    format!(
-                        "blocks {} to {} have {real} references, recorded are {stored}",
-                        pair[0], pair[1]
-                    ),
-                );
-            } else if stored > real {
-                self.find(
-                    code::LEAK,
-                    format!(
-                        "blocks {} to {} have {real} references, recorded are {stored}: a leak",
-                        pair[0], pair[1]
-                    ),
-                );
-            }
-        }
-    }
-
-    /// Compares the free blocks of each group with the gaps of the refcount tree.
-    fn check_groups(&mut self, refs: &[(u64, u64, u32)], groups: &BTreeMap<u64, u32>) {
-        let mut used: BTreeMap<u64, u64> = BTreeMap::new();
-        let mut total = 0;
-        for (start, len, _) in refs {
-            total += len;
-            let (mut at, end) = (*start, start + len);
-            while at < end {
-                let next = ((at / GROUP_BLOCKS + 1) * GROUP_BLOCKS).min(end);
-                *used.entry(at / GROUP_BLOCKS).or_default() += next - at;
-                at = next;
-            }
-        }
-        for group in used
-            .keys()
-            .chain(groups.keys())
-            .copied()
-            .collect::<std::collections::BTreeSet<u64>>()
-        {
-            let start = (group * GROUP_BLOCKS).max(self.sb.first_block());
-            let end = ((group + 1) * GROUP_BLOCKS).min(self.sb.end_block());
-            let size = end.saturating_sub(start);
-            let free = size.saturating_sub(used.get(&group).copied().unwrap_or(0));
-            let stored = groups.get(&group).map_or(size, |free| u64::from(*free));
-            if free != stored {
-                self.find(
-                    code::GROUP,
-                    format!("group {group} has {free} free blocks, recorded are {stored}"),
-                );
-            }
-        }
-        let free = (self.sb.end_block() - self.sb.first_block()).saturating_sub(total);
-        if free != self.sb.free {
-            let text = format!(
-                "{free} blocks are free, the superblock says {}",
-                self.sb.free
-            );
-            self.find(code::FREE_COUNT, text);
-        }
+            },
+        );
+        groups
     }
 }

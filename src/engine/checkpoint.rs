@@ -14,19 +14,24 @@
 //! 5. The journal is trimmed; blocks that this generation freed become free, and are given back
 //!    to the host afterwards (`discard.rs`).
 //!
+//! If the host has no space (`host.rs`) a checkpoint that has not come to step 4 is given up: what is
+//! in the trees and the stage stays there, in memory and in the journal. From step 4 on it waits in
+//! memory, and the next one finishes it first.
+//!
 //! A crash before the flip finds the old superblock, whose trees are untouched, because nothing
 //! they refer to is free before step 5.
 
 use std::collections::{BTreeMap, HashMap};
 use std::sync::Arc;
 
-use crate::error::{Error, Result};
+use crate::error::{Error, Kind, Result};
 use crate::ondisk::extent::{Root, encode_group};
 use crate::ondisk::node::{Node, TreeKind};
-use crate::ondisk::superblock::{FLAG_CLEAN, SLOTS, Superblock};
+use crate::ondisk::superblock::{FLAG_CLEAN, FLAG_REPAIRED, SLOTS, Superblock};
 use crate::units::{BLOCK_SIZE, Ino};
 
-use super::meta::Meta;
+use super::journal::Cut;
+use super::meta::{Meta, floor_blocks};
 use super::pool::Pool;
 
 /// Runs of reference counts merged under one hold of the trees.
@@ -40,7 +45,8 @@ impl Pool {
     /// Destages everything and writes a checkpoint, which frees the journal.
     ///
     /// # Errors
-    /// `Io` or `Poisoned` if the device failed.
+    /// `Io` or `Poisoned` if the device failed; `NoSpace` if the host has no space, then the journal
+    /// keeps what was to be written.
     pub fn checkpoint(&self) -> Result<()> {
         self.check_writable()?;
         self.checkpoint_as(false)
@@ -48,15 +54,32 @@ impl Pool {
 
     /// Writes a checkpoint; `clean` marks the pool as closed.
     pub(crate) fn checkpoint_as(&self, clean: bool) -> Result<()> {
-        self.check_poison()?;
+        self.checkpoint_with(clean, || Ok(()))
+    }
+
+    /// Does `before` while no checkpoint is written, and writes one.
+    pub(crate) fn checkpoint_with(
+        &self,
+        clean: bool,
+        before: impl FnOnce() -> Result<()>,
+    ) -> Result<()> {
+        // Those who wait for this checkpoint are told, too.
+        self.check_poison()
+            .inspect_err(|error| self.commit_failed(error))?;
         let done = {
             let _one = self.checkpointing.lock();
-            self.write_checkpoint(clean)
-                .inspect_err(|error| self.poison(error))
+            if !clean {
+                self.check_writable()?; // nobody writes behind the last one
+            }
+            self.finish_unfinished()
+                .and_then(|()| before())
+                .and_then(|()| self.write_checkpoint(clean))
         };
         self.relief.notify_all();
         match &done {
             Ok(()) => self.commit_waiting(),
+            // No checkpoint was tried.
+            Err(error) if matches!(error.kind(), Kind::Invalid | Kind::TooLarge) => {}
             Err(error) => self.commit_failed(error),
         }
         if done.is_ok() && !self.is_threaded() {
@@ -66,33 +89,92 @@ impl Pool {
     }
 
     fn write_checkpoint(&self, clean: bool) -> Result<()> {
-        self.destage_all()?;
-        self.merge_most()?;
+        self.destage_all()
+            .inspect_err(|error| self.poison_unless_full(error))?;
+        self.merge_most().inspect_err(|error| self.poison(error))?;
         let gate = self.gate.write();
         // Nobody else destages across the cut: what it mapped could be of either side.
         let destaging = self.destaging.lock();
-        let (seq, pos) = self.commit_cut()?;
-        self.destage_frozen()?;
-        self.fold_attrs()?;
-        self.merge()?;
-        let (mut superblock, nodes) = {
-            let mut meta = self.meta.write();
-            meta.seal_all()?;
-            let mut sb = self.superblock.lock().clone();
-            meta.describe(&mut sb);
-            (sb, meta.next_generation())
+        let cut = self.commit_cut().inspect_err(|error| self.give_up(error))?;
+        let sealed = self.destage_frozen().and_then(|()| {
+            let sealed = self.seal_cut();
+            sealed.inspect_err(|error| self.poison(error))
+        });
+        let mut superblock = match sealed {
+            Ok(superblock) => superblock,
+            Err(error) => {
+                self.give_up(&error);
+                self.end_cut(cut, Some(&error));
+                return Err(error);
+            }
         };
         drop((destaging, gate));
-        superblock.journal_seq = seq;
-        superblock.journal_pos = pos;
-        superblock.flags = superblock.flags & !FLAG_CLEAN | if clean { FLAG_CLEAN } else { 0 };
-        self.write_nodes(&nodes)?;
+        superblock.journal_seq = cut.seq;
+        superblock.journal_pos = cut.pos;
+        superblock.flags &= !FLAG_CLEAN;
+        if !self.stage.lock().replaying {
+            superblock.flags &= !FLAG_REPAIRED; // no record from before the repair is left
+        }
+        superblock.flags |= if clean { FLAG_CLEAN } else { 0 };
+        self.finish(superblock, cut)
+    }
+
+    /// There will be no checkpoint of this cut. The gate is closed.
+    fn give_up(&self, error: &Error) {
+        self.poison_unless_full(error);
+        self.stage.lock().uncut_attrs();
+    }
+
+    /// Makes the trees the state at the cut and hands their new nodes over to be written. The gate
+    /// is closed.
+    fn seal_cut(&self) -> Result<Superblock> {
+        self.fold_attrs()?;
+        self.merge()?;
+        let mut meta = self.meta.write();
+        meta.seal_all()?;
+        let mut superblock = self.superblock.lock().clone();
+        meta.describe(&mut superblock);
+        meta.next_generation();
+        Ok(superblock)
+    }
+
+    /// Writes what an earlier checkpoint could not, because the host had no space.
+    fn finish_unfinished(&self) -> Result<()> {
+        let unfinished = self.unfinished.lock().take();
+        unfinished.map_or(Ok(()), |(superblock, cut)| {
+            self.resume_cut();
+            self.finish(superblock, cut)
+        })
+    }
+
+    /// Writes the nodes that were handed over, and flips. If the host has no space for that it can
+    /// be done again: nothing durable refers to those nodes, and the superblock goes to the slot
+    /// that is not the newest.
+    fn finish(&self, superblock: Superblock, cut: Cut) -> Result<()> {
+        let nodes = self.meta.read().being_written();
+        let written = self.write_nodes(&nodes);
         drop(nodes);
-        self.device_sync()?;
-        self.flip(superblock)?;
+        let seq = superblock.journal_seq;
+        let flipped = written
+            .and_then(|()| self.device_sync())
+            .and_then(|()| self.flip(&superblock));
+        if let Err(error) = flipped {
+            self.poison_unless_full(&error);
+            self.delay_cut(&cut, &error);
+            *self.unfinished.lock() = Some((superblock, cut));
+            return Err(error);
+        }
         self.journal.lock().trim(seq);
         self.release();
+        self.end_cut(cut, None);
         Ok(())
+    }
+
+    /// After an error of a checkpoint: whatever cannot be tried again makes the pool read-only.
+    fn poison_unless_full(&self, error: &Error) {
+        if error.kind() != Kind::NoSpace {
+            self.poison(error);
+        }
     }
 
     /// Sizes and times as of the cut go into the inode records.
@@ -159,15 +241,22 @@ impl Pool {
     }
 
     /// Makes `superblock` the newest one.
-    fn flip(&self, superblock: Superblock) -> Result<()> {
+    fn flip(&self, superblock: &Superblock) -> Result<()> {
         let slot = superblock.generation % SLOTS;
         let page = superblock.encode();
+        if let Err(error) = Superblock::decode(&page) {
+            // Counters of a forged pool that have come to their end: the last one is kept.
+            self.poison(&error);
+            return Err(error);
+        }
         self.device_write(slot, &page[..])?;
         self.device_sync()?;
         // The copy is for a pool that lost both slots; it need not be durable now.
-        self.device_write(superblock.end_block() + slot, &page[..])?;
-        *self.superblock.lock() = superblock;
-        Ok(())
+        *self.superblock.lock() = superblock.clone();
+        match self.device_write(superblock.end_block() + slot, &page[..]) {
+            Err(error) if error.kind() == Kind::NoSpace => Ok(()),
+            written => written,
+        }
     }
 
     /// What the flipped generation freed may be allocated again.
@@ -175,7 +264,7 @@ impl Pool {
         self.meta.write().written();
         self.readers.wait(); // I3 of the cache
         let mut meta = self.meta.write();
-        meta.space.release();
+        meta.space.release(floor_blocks);
         let generation = meta.generation;
         meta.space.trim(BITMAPS_MAX, generation);
     }
@@ -251,6 +340,7 @@ impl Meta {
     /// Writes the trees of this generation into a superblock.
     fn describe(&self, sb: &mut Superblock) {
         sb.generation = self.generation;
+        sb.blocks = self.space.end_after() + SLOTS;
         sb.next_ino = self.next_ino;
         sb.next_detached = self.next_detached;
         sb.inodes = self.inodes;

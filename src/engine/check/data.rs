@@ -1,65 +1,59 @@
-//! The part of check that reads data: each block that an extent refers to, once, in order of
-//! address, compared with its checksum while the checksum tree is walked.
+//! Data: each block that an extent refers to, once, in order of address, compared with its
+//! checksum while the checksum tree is walked.
 
-use crate::error::Error;
 use crate::ondisk::crc32c;
 use crate::ondisk::extent::SUMS_PER_RECORD;
 use crate::ondisk::get_u32;
 use crate::ondisk::node::TreeKind;
 use crate::units::BLOCK_SIZE;
 
-use super::{Checker, code};
+use super::ledger::{DataRuns, Ledger};
+use super::{Checker, Subject, code};
 
 /// Blocks read at once: 1 MiB.
 const PIECE: usize = 256;
 
 /// What is compared, and how far it has come.
-struct Pass {
-    /// Runs of data blocks, sorted, apart from each other.
-    runs: Vec<(u64, u64)>,
-    /// The run that is being compared.
-    at: usize,
-    /// Its first block that was not met yet.
-    next: u64,
+struct Pass<'l> {
+    runs: DataRuns<'l>,
+    /// What is left of the run that is being compared.
+    run: Option<(u64, u64)>,
     /// Blocks in a row from `first` on that wait to be read, by their checksums.
     first: u64,
     sums: Vec<u32>,
-    /// True if the blocks are to be read, not only their checksums to be looked for.
-    reads: bool,
-}
-
-/// Sorts runs and joins those that touch or overlap: what clones share is there once.
-fn joined(mut runs: Vec<(u64, u64)>) -> Vec<(u64, u64)> {
-    runs.sort_unstable();
-    runs.dedup_by(|next, run| {
-        let joins = next.0 <= run.1;
-        if joins {
-            run.1 = run.1.max(next.1);
-        }
-        joins
-    });
-    runs
 }
 
 impl Checker<'_> {
-    /// Looks for the checksum of each data block found, and with `reads` compares the block.
-    pub(super) fn check_data(&mut self, reads: bool) {
-        let runs = joined(std::mem::take(&mut self.data));
+    /// Looks for the checksum of each data block that the ledger knows, and compares the block
+    /// unless only metadata is checked.
+    pub(super) fn check_data(&mut self, ledger: &Ledger, last: bool) {
+        let mut runs = ledger.data_runs();
         let mut pass = Pass {
-            next: runs.first().map_or(u64::MAX, |run| run.0),
+            run: runs.next(),
             runs,
-            at: 0,
             first: 0,
             sums: Vec::new(),
-            reads,
         };
-        self.walk(self.sb.sums, TreeKind::Sums, &mut |this, key, value| {
+        let keys = (
+            u128::from(ledger.start() / SUMS_PER_RECORD),
+            match last {
+                true => u128::MAX,
+                false => u128::from((ledger.end() - 1) / SUMS_PER_RECORD),
+            },
+        );
+        let root = self.reader.sb.sums;
+        self.tree(root, TreeKind::Sums, keys, None, &mut |this, key, value| {
             // A key beyond the pool ends the search: nothing can lie behind it.
-            let base = (key as u64).saturating_mul(SUMS_PER_RECORD);
+            let base = u64::try_from(key)
+                .unwrap_or(u64::MAX)
+                .saturating_mul(SUMS_PER_RECORD);
             this.skip_to(&mut pass, base);
-            while pass.next < base.saturating_add(SUMS_PER_RECORD) && pass.next >= base {
-                let slot = (pass.next - base) as usize;
-                this.compare(&mut pass, get_u32(value, slot * 4));
+            while let Some((next, _)) = pass.run
+                && next >= base
+                && next < base.saturating_add(SUMS_PER_RECORD)
+            {
+                let slot = (next - base) as usize;
+                this.compare(&mut pass, next, get_u32(value, slot * 4));
             }
         });
         self.skip_to(&mut pass, u64::MAX);
@@ -67,22 +61,23 @@ impl Checker<'_> {
     }
 
     /// Blocks before `base` that were not met have no checksum.
-    fn skip_to(&mut self, pass: &mut Pass, base: u64) {
-        while let Some(&(_, end)) = pass.runs.get(pass.at)
-            && pass.next < base
+    fn skip_to(&mut self, pass: &mut Pass<'_>, base: u64) {
+        while let Some((next, end)) = pass.run
+            && next < base
         {
             let until = end.min(base);
-            let text = format!("data blocks {} to {until} have no checksums", pass.next);
-            self.find(code::NO_SUM, text);
+            let text = format!("data blocks {next} to {until} have no checksums");
+            self.marks.unsummed.push((next, until));
+            self.find(code::NO_SUM, Subject::Data(next, until), text);
             pass.advance_to(until);
         }
     }
 
     /// The next block has the checksum `sum`.
-    fn compare(&mut self, pass: &mut Pass, sum: u32) {
-        let block = pass.next;
+    fn compare(&mut self, pass: &mut Pass<'_>, block: u64, sum: u32) {
         pass.advance_to(block + 1);
-        if !pass.reads {
+        self.counts.data_blocks += 1;
+        if !self.options.data {
             return;
         }
         if pass.first + pass.sums.len() as u64 != block || pass.sums.len() == PIECE {
@@ -93,54 +88,43 @@ impl Checker<'_> {
     }
 
     /// Reads and compares what waits.
-    fn read_piece(&mut self, pass: &mut Pass) {
+    fn read_piece(&mut self, pass: &mut Pass<'_>) {
         let sums = std::mem::take(&mut pass.sums);
-        let mut bytes = vec![0; sums.len() * BLOCK_SIZE];
-        let addr = pass.first * BLOCK_SIZE as u64;
         if sums.is_empty() {
             return;
         }
-        let whole = self.device.read_at(addr, &mut bytes).is_ok();
+        let device = self.reader.device;
+        let mut bytes = vec![0; sums.len() * BLOCK_SIZE];
+        let addr = pass.first * BLOCK_SIZE as u64;
+        let whole = device.read_at(addr, &mut bytes).is_ok();
         for (i, (sum, bytes)) in sums.iter().zip(bytes.chunks_mut(BLOCK_SIZE)).enumerate() {
             let block = pass.first + i as u64;
+            let subject = Subject::Data(block, block + 1);
             if !whole {
                 // One bad sector must not hide what lies beside it.
-                let read = self.device.read_at(block * BLOCK_SIZE as u64, bytes);
-                if let Err(source) = read {
-                    let error = Error::io("cannot read", source);
+                if let Err(error) = device.read_at(block * BLOCK_SIZE as u64, bytes) {
                     let text = format!("data block {block} cannot be read: {error}");
-                    self.find(code::DATA, text);
+                    self.find(code::DATA, subject, text);
+                    self.marks.bad.push((block, block + 1));
                     continue;
                 }
             }
             if crc32c(bytes) != *sum {
                 let text = format!("a data block is not what was written: block {block}");
-                self.find(code::DATA, text);
+                self.find(code::DATA, subject, text);
+                self.marks.bad.push((block, block + 1));
             }
         }
         self.advance(sums.len() as u64);
     }
 }
 
-impl Pass {
-    /// Blocks before `block` were met.
+impl Pass<'_> {
+    /// Blocks before `block`, which lies in the run or is its end, were met.
     fn advance_to(&mut self, block: u64) {
-        self.next = block;
-        if self.runs.get(self.at).is_some_and(|run| run.1 <= block) {
-            self.at += 1;
-            self.next = self.runs.get(self.at).map_or(u64::MAX, |run| run.0);
-        }
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::joined;
-
-    #[test]
-    fn what_clones_share_is_read_once() {
-        let runs = vec![(30, 40), (10, 20), (15, 25), (10, 12), (25, 30), (50, 51)];
-        assert_eq!(joined(runs), [(10, 40), (50, 51)]);
-        assert_eq!(joined(Vec::new()), []);
+        self.run = match self.run {
+            Some((_, end)) if block < end => Some((block, end)),
+            _ => self.runs.next(),
+        };
     }
 }
