@@ -13,9 +13,14 @@ use std::os::fd::BorrowedFd;
 
 use serde_json::{Map, Value, json};
 
-use crate::engine::{FileUsage, Usage};
+use crate::engine::{FileUsage, Health, Replayed, ScrubStatus, Usage};
 use crate::error::{Error, Kind, Result};
 use crate::sys;
+use crate::vfs::NAME_BYTES_MAX;
+
+mod scrub;
+
+pub use scrub::{ScrubFindings, ScrubPage, scrub_state_name, scrub_status_value};
 
 /// Bytes of the payload, both ways.
 pub const PAYLOAD_BYTES: usize = 8192;
@@ -56,6 +61,24 @@ pub enum Request {
     Usage,
     /// Writes a checkpoint.
     Checkpoint,
+    /// Begins a scrub, or finds the one that runs.
+    ScrubStart {
+        /// Bytes per second, at most. `None`: gently.
+        rate: Option<u64>,
+        /// Does not go on where an earlier one was interrupted.
+        restart: bool,
+    },
+    /// Stops the scrub.
+    ScrubStop,
+    /// How the scrub stands, or how the last one ended.
+    ScrubStatus,
+    /// What it found, from a page on.
+    ScrubFindings(ScrubPage),
+    /// Makes the pool larger.
+    Grow {
+        /// Size in bytes; `None`: as large as its device has become.
+        size: Option<u64>,
+    },
 }
 
 /// Facts of a mounted pool.
@@ -71,6 +94,12 @@ pub struct Info {
     pub version: u32,
     /// Why writes are refused, if a write or sync failed.
     pub poisoned: Option<String>,
+    /// What happened since it was mounted.
+    pub health: Health,
+    /// True if the host refused the last new data for want of space.
+    pub host_full: bool,
+    /// Percent of use at which the daemon warns, ascending.
+    pub marks: Vec<u8>,
     /// How full it is.
     pub usage: Usage,
 }
@@ -88,6 +117,12 @@ pub enum Response {
     Usage(FileUsage),
     /// To [`Request::Checkpoint`].
     Done,
+    /// To [`Request::ScrubStart`], [`Request::ScrubStop`] and [`Request::ScrubStatus`].
+    Scrub(Box<ScrubStatus>),
+    /// To [`Request::ScrubFindings`].
+    ScrubFindings(ScrubFindings),
+    /// To [`Request::Grow`]: the size of the pool, in bytes.
+    Grown(u64),
 }
 
 /// Asks the daemon behind `file`, an open file or directory of a mount. Its errors come back as
@@ -131,6 +166,15 @@ impl Request {
             }),
             Request::Usage => json!({"op": "usage"}),
             Request::Checkpoint => json!({"op": "checkpoint"}),
+            Request::ScrubStart { rate, restart } => {
+                json!({"op": "scrub_start", "rate": rate, "restart": restart})
+            }
+            Request::ScrubStop => json!({"op": "scrub_stop"}),
+            Request::ScrubStatus => json!({"op": "scrub_status"}),
+            Request::ScrubFindings(page) => {
+                json!({"op": "scrub_findings", "page": scrub::page_value(*page)})
+            }
+            Request::Grow { size } => json!({"op": "grow", "size": size}),
         })
     }
 
@@ -143,11 +187,27 @@ impl Request {
             "clone" => Ok(Request::Clone {
                 source: Token(object.hex("source")?),
                 name: object.text("name")?.to_owned(),
-                count: object.optional_u32("count")?,
+                count: object.optional_number("count")?,
                 preserve: object.flag("preserve")?,
             }),
             "usage" => Ok(Request::Usage),
             "checkpoint" => Ok(Request::Checkpoint),
+            "scrub_start" => Ok(Request::ScrubStart {
+                rate: match object.0.get("rate") {
+                    None | Some(Value::Null) => None,
+                    Some(_) => Some(object.number("rate")?),
+                },
+                restart: object.flag("restart")?,
+            }),
+            "scrub_stop" => Ok(Request::ScrubStop),
+            "scrub_status" => Ok(Request::ScrubStatus),
+            "scrub_findings" => {
+                let page = Object::of(object.field("page")?)?;
+                Ok(Request::ScrubFindings(scrub::page_from(&page)?))
+            }
+            "grow" => Ok(Request::Grow {
+                size: object.optional_number("size")?,
+            }),
             _ => Err(Error::new(
                 Kind::Unsupported,
                 "the daemon does not know this request: use the same version of nodupe for both",
@@ -185,6 +245,9 @@ impl Response {
                 uuid: ok.hex("uuid")?,
                 version: ok.number("version")?,
                 poisoned: ok.optional_text("poisoned")?,
+                health: health_from(&Object::of(ok.field("health")?)?)?,
+                host_full: ok.flag("host_full")?,
+                marks: ok.percents("marks")?,
                 usage: usage_from(&Object::of(ok.field("usage")?)?)?,
             })),
             Request::Token => Response::Token(Token(ok.hex("token")?)),
@@ -196,6 +259,11 @@ impl Response {
                 extents: ok.number("extents")?,
             }),
             Request::Checkpoint => Response::Done,
+            Request::ScrubStart { .. } | Request::ScrubStop | Request::ScrubStatus => {
+                Response::Scrub(Box::new(scrub::status_from(&ok)?))
+            }
+            Request::ScrubFindings(_) => Response::ScrubFindings(ScrubFindings::from_object(&ok)?),
+            Request::Grow { .. } => Response::Grown(ok.number("size")?),
         })
     }
 
@@ -206,7 +274,10 @@ impl Response {
                 "pool": info.pool,
                 "uuid": to_hex(&info.uuid),
                 "version": info.version,
+                "host_full": info.host_full,
+                "marks": info.marks,
                 "poisoned": info.poisoned.as_deref().map(|why| cut(why, MESSAGE_BYTES_MAX)),
+                "health": health_value(&info.health),
                 "usage": usage_value(&info.usage),
             }),
             Response::Token(token) => json!({"token": to_hex(&token.0)}),
@@ -221,13 +292,30 @@ impl Response {
                 json!({"size": size, "mapped": mapped, "exclusive": exclusive, "extents": extents})
             }
             Response::Done => json!({}),
+            Response::Scrub(status) => scrub_status_value(status),
+            Response::ScrubFindings(findings) => findings.to_value(),
+            Response::Grown(size) => json!({ "size": size }),
         }
     }
 }
 
-/// Names of `count` clones: `{}` in `name` becomes the number from 1, as wide as the last one.
-/// Without a count the one name is `name` itself.
+/// Names of `count` clones: `{}` in `name` becomes the number from 1. Without a count the one name
+/// is `name` itself.
+///
+/// # Errors
+/// `NameTooLong` before any is made: a user must not make the daemon fill its memory with them.
 pub fn clone_names(name: &str, count: Option<u32>) -> Result<Vec<Vec<u8>>> {
+    let holes = name.matches("{}").count();
+    let longest = match count {
+        Some(count) => name.len() - holes * 2 + holes * count.to_string().len(),
+        None => name.len(),
+    };
+    if longest > NAME_BYTES_MAX {
+        return Err(Error::new(
+            Kind::NameTooLong,
+            format!("a name has at most {NAME_BYTES_MAX} bytes, that of the clone {longest}"),
+        ));
+    }
     let Some(count) = count else {
         return Ok(vec![name.as_bytes().to_vec()]);
     };
@@ -237,7 +325,7 @@ pub fn clone_names(name: &str, count: Option<u32>) -> Result<Vec<Vec<u8>>> {
             format!("a clone is made 1 to {CLONES_MAX} times: count={count}"),
         ));
     }
-    if !name.contains("{}") {
+    if holes == 0 {
         if count > 1 {
             return Err(Error::new(
                 Kind::Invalid,
@@ -321,11 +409,41 @@ fn error_value(error: &Error) -> Value {
     }})
 }
 
+/// As it is sent, and as the command line shows it.
+pub fn health_value(health: &Health) -> Value {
+    json!({
+        "replayed_batches": health.replayed.batches,
+        "replayed_bytes": health.replayed.bytes,
+        "replay_ms": health.replayed.millis,
+        "replay_left_out": health.replayed.left_out,
+        "unsynced_ms": health.unsynced_ms,
+        "damaged_reads": health.damaged_reads,
+        "beats": health.beats,
+        "beat_age_ms": health.beat_age_ms,
+    })
+}
+
+fn health_from(object: &Object<'_>) -> Result<Health> {
+    Ok(Health {
+        replayed: Replayed {
+            batches: object.number("replayed_batches")?,
+            bytes: object.number("replayed_bytes")?,
+            millis: object.number("replay_ms")?,
+            left_out: object.number("replay_left_out")?,
+        },
+        unsynced_ms: object.number("unsynced_ms")?,
+        damaged_reads: object.number("damaged_reads")?,
+        beats: object.number("beats")?,
+        beat_age_ms: object.number("beat_age_ms")?,
+    })
+}
+
 fn usage_value(usage: &Usage) -> Value {
     let Usage {
         total,
         used,
         available,
+        host_available,
         reserve,
         staged,
         journal_used,
@@ -337,6 +455,7 @@ fn usage_value(usage: &Usage) -> Value {
         "total": total,
         "used": used,
         "available": available,
+        "host_available": host_available,
         "reserve": reserve,
         "staged": staged,
         "journal_used": journal_used,
@@ -351,6 +470,7 @@ fn usage_from(object: &Object<'_>) -> Result<Usage> {
         total: object.number("total")?,
         used: object.number("used")?,
         available: object.number("available")?,
+        host_available: object.optional_number("host_available")?,
         reserve: object.number("reserve")?,
         staged: object.number("staged")?,
         journal_used: object.number("journal_used")?,
@@ -446,7 +566,7 @@ impl<'a> Object<'a> {
             .ok_or_else(|| malformed(name))
     }
 
-    fn optional_u32(&self, name: &str) -> Result<Option<u32>> {
+    fn optional_number<T: TryFrom<u64>>(&self, name: &str) -> Result<Option<T>> {
         match self.0.get(name) {
             None | Some(Value::Null) => Ok(None),
             Some(_) => self.number(name).map(Some),
@@ -458,6 +578,20 @@ impl<'a> Object<'a> {
             None => Ok(false),
             Some(value) => value.as_bool().ok_or_else(|| malformed(name)),
         }
+    }
+
+    /// A list of percents; none if it is missing.
+    fn percents(&self, name: &str) -> Result<Vec<u8>> {
+        let Some(list) = self.0.get(name) else {
+            return Ok(Vec::new());
+        };
+        let list = list.as_array().ok_or_else(|| malformed(name))?;
+        let percent = |value: &Value| {
+            let number = value.as_u64().and_then(|number| u8::try_from(number).ok());
+            number.filter(|number| *number <= 100)
+        };
+        let percents: Option<Vec<u8>> = list.iter().map(percent).collect();
+        percents.ok_or_else(|| malformed(name))
     }
 
     fn hex(&self, name: &str) -> Result<[u8; 16]> {
@@ -496,6 +630,25 @@ mod tests {
             },
             Request::Usage,
             Request::Checkpoint,
+            Request::ScrubStart {
+                rate: Some(u64::MAX),
+                restart: true,
+            },
+            Request::ScrubStart {
+                rate: None,
+                restart: false,
+            },
+            Request::ScrubStop,
+            Request::ScrubStatus,
+            Request::ScrubFindings(ScrubPage {
+                after: 1,
+                paths: 2,
+                others: 3,
+            }),
+            Request::Grow { size: None },
+            Request::Grow {
+                size: Some(1 << 50),
+            },
         ]
     }
 
@@ -520,7 +673,14 @@ mod tests {
             uuid: TOKEN.0,
             version: 1,
             poisoned: Some("a sync failed".to_owned()),
+            health: Health {
+                beats: 17,
+                ..Health::default()
+            },
+            host_full: true,
+            marks: vec![80, 100],
             usage: Usage {
+                host_available: Some(10),
                 total: u64::MAX,
                 used: 2,
                 available: 3,
@@ -538,6 +698,13 @@ mod tests {
             exclusive: 3,
             extents: 4,
         };
+        let scrub = ScrubStatus {
+            state: crate::engine::ScrubState::Stopped,
+            total: u64::MAX,
+            started: crate::units::Time { secs: -5, nanos: 6 },
+            error: Some("why".to_owned()),
+            ..ScrubStatus::default()
+        };
         let clone = requests().swap_remove(2);
         for (request, response) in [
             (Request::Info, Response::Info(Box::new(info))),
@@ -545,6 +712,7 @@ mod tests {
             (clone, Response::Clones(12)),
             (Request::Usage, Response::Usage(usage)),
             (Request::Checkpoint, Response::Done),
+            (Request::ScrubStatus, Response::Scrub(Box::new(scrub))),
         ] {
             let payload = Response::encode(&Ok(response.clone()));
             assert_eq!(Response::decode(&request, &payload[..]).unwrap(), response);
@@ -613,5 +781,15 @@ mod tests {
             let error = clone_names(name, Some(count)).unwrap_err();
             assert_eq!(error.kind(), Kind::Invalid);
         }
+    }
+
+    #[test]
+    fn long_names_are_refused_before_they_are_made() {
+        // 4000 numbers of six digits in each of 100,000 names: 2.4 GB.
+        let error = clone_names(&"{}".repeat(4000), Some(CLONES_MAX)).unwrap_err();
+        assert_eq!(error.kind(), Kind::NameTooLong);
+        let name = "x".repeat(253) + "{}";
+        assert_eq!(clone_names(&name, Some(99)).unwrap().len(), 99);
+        assert!(clone_names(&name, Some(100)).is_err());
     }
 }

@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use nodupe::device::{BlockDevice, FileDevice, OpenMode};
-use nodupe::engine::{OpenOptions, Pool, PoolInfo};
+use nodupe::engine::{BEAT_INTERVAL, Heartbeat, Identity, OpenOptions, Pool, PoolInfo};
 use nodupe::error::{Error, Kind};
 
 use super::failure::{Failure, Result};
@@ -36,6 +36,9 @@ pub(super) fn open_devices(path: &Path, journal: Option<&Path>, mode: OpenMode) 
                 "it is truncated: it has {len} of the {size} of its pool"
             ))
             .hint("restore it from a backup; nothing was changed"));
+    }
+    if mode != OpenMode::Inspect {
+        refuse_active(path, &pool, &info)?;
     }
     let journal = match (journal, info.journal_external, mode) {
         (Some(journal), true, _) => Some(open_device(journal, mode)?),
@@ -71,10 +74,61 @@ pub(super) fn open_pool(
         OpenMode::ReadWrite
     };
     let devices = open_devices(path, journal, mode)?;
-    Pool::open(devices.pool, devices.journal, options).map_err(|error| {
-        let name = show(path);
-        Failure::of_pool(format!("cannot open the pool {name}"), &name, &error)
+    let name = show(path);
+    let failed =
+        |error: Error| Failure::of_pool(format!("cannot open the pool {name}"), &name, &error);
+    if options.read_only {
+        return Pool::open(devices.pool, devices.journal, options).map_err(failed);
+    }
+    let (heartbeat, devices) = claim(path, devices)?;
+    let pool = Pool::open(devices.pool, devices.journal, options).map_err(failed)?;
+    pool.keep_heartbeat(heartbeat);
+    Ok(pool)
+}
+
+/// Marks a pool as in use for writing. The devices it returns are written only while it is ours;
+/// who is done with them releases the heartbeat.
+pub(super) fn claim(path: &Path, devices: Devices) -> Result<(Arc<Heartbeat>, Devices)> {
+    let name = show(path);
+    let failed =
+        |error: Error| Failure::of_pool(format!("cannot open the pool {name}"), &name, &error);
+    let uuid = Pool::inspect(&*devices.pool).map_err(failed)?.uuid;
+    // A lock on a block device is known to this host alone.
+    let shared = fs::metadata(path).is_ok_and(|about| about.file_type().is_block_device());
+    let heartbeat = Heartbeat::claim(&devices.pool, uuid, &identity()?, BEAT_INTERVAL, shared)
+        .map_err(failed)?;
+    let guarded = Devices {
+        pool: heartbeat.guard(devices.pool),
+        journal: devices.journal.map(|journal| heartbeat.guard(journal)),
+    };
+    Ok((heartbeat, guarded))
+}
+
+/// Who opens a pool here.
+fn identity() -> Result<Identity> {
+    let read = |path: &str| fs::read_to_string(path).unwrap_or_default();
+    let boot: String = read("/proc/sys/kernel/random/boot_id")
+        .chars()
+        .filter(char::is_ascii_hexdigit)
+        .collect();
+    let owner = nodupe::sys::control::random()
+        .map_err(|error| Failure::new("no random numbers from the system").because(&error))?;
+    Ok(Identity {
+        owner,
+        // Without /proc every system is another one: then a dead owner costs some seconds.
+        boot: u128::from_str_radix(&boot, 16).map_or(owner, u128::to_be_bytes),
+        pid: std::process::id(),
+        host: read("/proc/sys/kernel/hostname").trim().to_owned(),
+        is_alive: mounts::is_alive,
+        clock: nodupe::sys::process::uptime,
     })
+}
+
+/// Refuses a pool that another host has open.
+fn refuse_active(path: &Path, pool: &FileDevice, info: &PoolInfo) -> Result<()> {
+    let name = show(path);
+    nodupe::engine::refuse_active(pool, info.uuid, &identity()?)
+        .map_err(|error| Failure::of_pool(format!("cannot use {name}"), &name, &error))
 }
 
 /// The superblock of a pool, which may be mounted meanwhile.
@@ -86,7 +140,8 @@ fn inspect(path: &Path, device: &FileDevice) -> Result<PoolInfo> {
     let name = show(path);
     let what = format!("cannot use {name}");
     let probed = Pool::probe(device).map_err(|error| Failure::of_pool(&what, &name, &error))?;
-    if !probed {
+    // Where the device is larger than its pool, only a search finds the copies.
+    if !probed && Pool::inspect(device).is_err() {
         return Err(Failure::new(what)
             .why("it is not a nodupe pool")
             .hint("look for the right path, or make a pool: nodupe create POOL"));

@@ -4,8 +4,8 @@ use std::fs::{self, File};
 use std::os::fd::AsFd;
 use std::path::Path;
 
-use nodupe::control::{self, Info, Request, Response};
-use nodupe::engine::FileUsage;
+use nodupe::control::{self, Info, Request, Response, ScrubFindings, ScrubPage};
+use nodupe::engine::{FileUsage, ScrubStatus};
 use nodupe::error::{Error, Kind};
 
 use super::failure::{Failure, Result};
@@ -49,6 +49,32 @@ pub(super) fn clone(
         preserve,
     };
     Ok(control::call(into.as_fd(), &request).map(drop))
+}
+
+/// Makes a request about the scrub of the pool mounted on `dir`, and tells how it stands.
+pub(super) fn scrub(dir: &Path, request: &Request) -> Result<ScrubStatus> {
+    match ask(dir, &open(dir)?, request)? {
+        Response::Scrub(status) => Ok(*status),
+        _ => Err(nonsense(dir)),
+    }
+}
+
+/// A page of what the scrub of the pool mounted on `dir` has found.
+pub(super) fn scrub_findings(dir: &Path, page: ScrubPage) -> Result<ScrubFindings> {
+    match ask(dir, &open(dir)?, &Request::ScrubFindings(page))? {
+        Response::ScrubFindings(findings) => Ok(findings),
+        _ => Err(nonsense(dir)),
+    }
+}
+
+/// Makes the pool mounted on `dir` larger; `None`: as large as its device. Returns its size, or
+/// the error of the daemon as it is.
+pub(super) fn grow(dir: &Path, size: Option<u64>) -> Result<std::result::Result<u64, Error>> {
+    match control::call(open(dir)?.as_fd(), &Request::Grow { size }) {
+        Ok(Response::Grown(size)) => Ok(Ok(size)),
+        Ok(_) => Err(nonsense(dir)),
+        Err(error) => Ok(Err(error)),
+    }
 }
 
 /// Opens a file or directory; nothing that could make the open wait.

@@ -23,6 +23,7 @@ use super::size;
 const EXAMPLE: &str = "\
 Examples:
   nodupe create ./pool.nodupe --size 500G
+  nodupe create ./pool.nodupe --size 500G --preallocate
   nodupe create /dev/sdb1 --journal /dev/nvme0n1p3";
 
 /// Makes a pool on a file or a block device.
@@ -56,6 +57,9 @@ pub(super) struct Shape {
     /// File or block device of the journal, if it is not in the pool
     #[arg(long, value_name = "DEVICE")]
     pub(super) journal: Option<PathBuf>,
+    /// Allocate the whole file on the host, now and for good, instead of what is stored
+    #[arg(long)]
+    pub(super) preallocate: bool,
 }
 
 pub(super) fn run(args: &Create, output: Output) -> Result<()> {
@@ -94,6 +98,17 @@ pub(super) fn make_pool(
     let mut made = MadeFiles::default();
     let device = made.take(path, shape.size, size::POOL_SIZE_DEFAULT, force)?;
     check_size(device.len(), &what)?;
+    if shape.preallocate {
+        device.preallocate(0, device.len()).map_err(|error| {
+            let failure = Failure::new(&what).because(&error);
+            match error.kind() {
+                io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded => {
+                    failure.hint("choose a smaller --size, or leave --preallocate out")
+                }
+                _ => failure.hint("its filesystem cannot do that: leave --preallocate out"),
+            }
+        })?;
+    }
     let journal = match &shape.journal {
         Some(journal) => {
             let wanted = shape.journal_size;
@@ -259,5 +274,17 @@ impl BlockDevice for Counting {
 
     fn discard(&self, addr: u64, len: u64) -> io::Result<()> {
         self.device.discard(addr, len)
+    }
+
+    fn allocated(&self) -> io::Result<u64> {
+        self.device.allocated()
+    }
+
+    fn host_free(&self) -> io::Result<Option<u64>> {
+        self.device.host_free()
+    }
+
+    fn preallocate(&self, addr: u64, len: u64) -> io::Result<()> {
+        self.device.preallocate(addr, len)
     }
 }

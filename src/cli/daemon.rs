@@ -11,6 +11,7 @@ use std::os::fd::AsFd;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread;
+use std::time::Duration;
 
 use nodupe::engine::Pool;
 use nodupe::error::Kind;
@@ -22,9 +23,14 @@ use super::failure::{Failure, Result};
 use super::logging;
 use super::options::Words;
 use super::output::show;
+use super::warn::Watch;
 
 /// Lower is spared longer when memory runs out; -1000 would mean never.
 const OOM_SCORE: &str = "-900";
+
+/// How long those who use the mount have to end after a termination signal. Shorter than what a
+/// system that shuts down gives a service (90 s), so that it leaves a clean pool.
+const GRACE: Duration = Duration::from_secs(30);
 
 /// What is served, and how.
 #[derive(Debug)]
@@ -36,6 +42,10 @@ pub(super) struct Plan {
     pub(super) allow_other: bool,
     pub(super) read_only: bool,
     pub(super) words: Words,
+    /// Percent of use at which the log warns, ascending.
+    pub(super) marks: Vec<u8>,
+    /// Program to run at each warning.
+    pub(super) hook: Option<PathBuf>,
 }
 
 /// What a termination signal has to do now.
@@ -84,6 +94,7 @@ impl Service {
     ) -> Result<Self> {
         let failed =
             |error: io::Error| Failure::new("cannot prepare the nodupe process").because(&error);
+        process::bound_allocator();
         if let Some(ready) = ready_fd {
             process::close_inherited(ready);
         }
@@ -165,6 +176,7 @@ impl Service {
             // First, because it opens the log.
             let told = self.tell_ready();
             log::info!("{name}: mounted on {dir}");
+            watch_space(pool, plan);
             if let Err(error) = told {
                 log::warn!("nobody waits for the mount any more: {error}");
             }
@@ -209,8 +221,19 @@ impl Service {
     }
 }
 
+/// Warns when the pool fills up.
+fn watch_space(pool: &Arc<Pool>, plan: &Plan) {
+    if plan.read_only {
+        return;
+    }
+    let (path, hook) = (&plan.pool_path, plan.hook.clone());
+    if let Err(error) = Watch::start(pool, path, &plan.dir, &plan.marks, hook) {
+        log::warn!("nobody warns when the pool fills up: {error}");
+    }
+}
+
 /// Waits for termination signals for as long as the process lives.
-fn watch(signals: &TerminationSignals, shared: &Shared) {
+fn watch(signals: &TerminationSignals, shared: &Arc<Shared>) {
     loop {
         match signals.wait() {
             Ok(signal) => {
@@ -226,7 +249,7 @@ fn watch(signals: &TerminationSignals, shared: &Shared) {
 }
 
 /// Does what a termination signal asks for.
-fn stop(shared: &Shared) {
+fn stop(shared: &Arc<Shared>) {
     let (unmounter, signals) = match &mut *lock(&shared.phase) {
         Phase::Starting => std::process::exit(1),
         Phase::Mounting { stop } => {
@@ -243,9 +266,24 @@ fn stop(shared: &Shared) {
         if let Err(error) = unmounter.unmount() {
             tell("not unmounted", &error);
         }
+        let waiting = Arc::clone(shared);
+        let grace = move || {
+            thread::sleep(GRACE);
+            log::warn!("still in use after {} s", GRACE.as_secs());
+            end_now(&waiting);
+        };
+        if let Err(error) = thread::Builder::new().name("grace".into()).spawn(grace) {
+            log::warn!("waiting for the users of the mount without a limit: {error}");
+        }
         return;
     }
-    log::warn!("second signal: ending now, those who still use the mount are cut off");
+    log::warn!("second signal");
+    end_now(shared);
+}
+
+/// Closes the pool and ends this process, whoever uses the mount.
+fn end_now(shared: &Shared) {
+    log::warn!("ending now, those who still use the mount are cut off");
     // They get errors from the kernel as soon as this process has gone.
     match shared.close() {
         // The other thread has closed it, and ends the process.
@@ -274,6 +312,13 @@ fn protect() {
     if let Err(error) = process::set_io_flusher() {
         log::debug!("not marked as a flusher of memory: {error}");
     }
+    match process::lock_memory() {
+        Ok(true) => {}
+        Ok(false) => {
+            log::debug!("memory is not locked: it needs CAP_IPC_LOCK, or ulimit -l unlimited")
+        }
+        Err(error) => log::debug!("memory is not locked: {error}"),
+    }
     if let Err(error) = std::fs::write("/proc/self/oom_score_adj", OOM_SCORE) {
         log::debug!("not spared when memory runs out: {error}");
     }
@@ -301,6 +346,7 @@ fn mount_options(plan: &Plan) -> MountOptions {
     if plan.words.blocks_allocated {
         options.blocks = BlocksPolicy::Allocated;
     }
+    options.marks.clone_from(&plan.marks);
     options.extra.clone_from(&plan.words.kernel);
     options
 }

@@ -3,6 +3,7 @@
 use std::path::{Path, PathBuf};
 
 use clap::Args;
+use nodupe::control::health_value;
 use nodupe::engine::Usage;
 use serde_json::{Value, json};
 
@@ -12,6 +13,7 @@ use super::mounts;
 use super::output::{self, Align, Output, Table, show};
 use super::size::human;
 use super::target::{self, Facts, FileFacts, PoolFacts, Want};
+use super::warn::{State, percent_used};
 
 const EXAMPLE: &str = "\
 Columns:
@@ -19,6 +21,7 @@ Columns:
   AVAIL    what can still be written          SHARING  LOGICAL / USED
   STAGED   written, waiting for its place     JOURNAL  journal in use / its size
   MAPPED   of a file: data, shared or not     EXCLUSIVE  what deleting it would free
+  STATE    ok, warning (a mark of --warn-at is crossed, or the host could not hold the pool), full
 
 Examples:
   nodupe df
@@ -78,6 +81,9 @@ pub(super) fn run(args: &Df, output: Output) -> Result<()> {
         if let Some(why) = &facts.poisoned {
             output.note(&poisoned_text(facts, why));
         }
+        if let Some(advice) = advice(facts) {
+            output.note(&advice);
+        }
     }
     // As df does: shows what it can, tells every failure, and fails if there was one.
     let last = failures.pop();
@@ -108,6 +114,7 @@ fn pool_table(pools: &[PoolFacts]) -> Table {
         right("SHARING"),
         right("STAGED"),
         right("JOURNAL"),
+        ("STATE", Align::Left),
         ("MOUNTED ON", Align::Left),
     ]);
     for facts in pools {
@@ -133,6 +140,7 @@ fn pool_table(pools: &[PoolFacts]) -> Table {
                 human(usage.journal_used),
                 human(usage.journal_size)
             ),
+            state(facts).map_or("-", State::word).to_owned(),
             mount,
         ]);
     }
@@ -169,6 +177,10 @@ fn pool_json(facts: &PoolFacts) -> Value {
         "total": usage.total,
         "used": usage.used,
         "available": usage.available,
+        "host_available": usage.host_available,
+        "state": state(facts).map(State::word),
+        "advice": advice(facts),
+        "warn_at": facts.marks,
         "reserve": usage.reserve,
         "use_percent": percent_used(&usage),
         "logical": usage.logical,
@@ -178,7 +190,18 @@ fn pool_json(facts: &PoolFacts) -> Value {
         "journal_used": usage.journal_used,
         "journal_size": usage.journal_size,
         "poisoned": facts.poisoned,
+        "health": facts.health.as_ref().map(health_value),
     })
+}
+
+/// How full a pool is, if that is known.
+fn state(facts: &PoolFacts) -> Option<State> {
+    let usage = facts.usage.as_ref()?;
+    Some(State::of(usage, &facts.marks, facts.host_full))
+}
+
+fn advice(facts: &PoolFacts) -> Option<String> {
+    state(facts)?.advice(&facts.pool, facts.usage.as_ref()?)
 }
 
 fn file_json(facts: &FileFacts) -> Value {
@@ -195,14 +218,6 @@ fn poisoned_text(facts: &PoolFacts, why: &str) -> String {
     )
 }
 
-/// Used of what users can use, rounded up as df does.
-fn percent_used(usage: &Usage) -> Option<u64> {
-    let all = u128::from(usage.used) + u128::from(usage.available);
-    (all > 0)
-        .then(|| (u128::from(usage.used) * 100).div_ceil(all))
-        .and_then(|percent| u64::try_from(percent).ok())
-}
-
 /// How often, on average, a used byte stands for a byte of a file.
 #[allow(clippy::cast_precision_loss)] // one digit behind the point is shown
 fn sharing(usage: &Usage) -> Option<f64> {
@@ -214,15 +229,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn percent_is_rounded_up_and_never_divides_by_zero() {
-        let usage = |used, available| Usage {
-            used,
-            available,
-            ..Usage::default()
-        };
-        assert_eq!(percent_used(&usage(0, 0)), None);
-        assert_eq!(percent_used(&usage(1, 999)), Some(1));
-        assert_eq!(percent_used(&usage(u64::MAX, u64::MAX)), Some(50));
+    fn sharing_never_divides_by_zero() {
         assert_eq!(sharing(&Usage::default()), None);
     }
 }

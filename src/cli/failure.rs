@@ -4,6 +4,8 @@ use std::error::Error;
 
 use nodupe::error::Kind;
 
+use super::output::clean;
+
 /// Result of every verb and its helpers.
 pub(super) type Result<T> = std::result::Result<T, Failure>;
 
@@ -16,6 +18,8 @@ pub(super) struct Failure {
     pub(super) hints: Vec<String>,
     /// True if the command line was wrong: exit code 2 instead of 1.
     pub(super) usage: bool,
+    /// Another exit code, of a verb that says more by it.
+    pub(super) code: Option<u8>,
 }
 
 impl Failure {
@@ -25,6 +29,7 @@ impl Failure {
             chain: vec![what.into()],
             hints: Vec::new(),
             usage: false,
+            code: None,
         }
     }
 
@@ -36,6 +41,22 @@ impl Failure {
         }
     }
 
+    /// Everything was told; only the exit code says more.
+    pub(super) fn silent(code: u8) -> Self {
+        Self {
+            chain: Vec::new(),
+            hints: Vec::new(),
+            usage: false,
+            code: Some(code),
+        }
+    }
+
+    /// With this exit code.
+    pub(super) fn exit_code(mut self, code: u8) -> Self {
+        self.code = Some(code);
+        self
+    }
+
     /// Another process has told why already.
     #[cfg(feature = "fuse")]
     pub(super) fn told(usage: bool) -> Self {
@@ -43,6 +64,7 @@ impl Failure {
             chain: Vec::new(),
             hints: Vec::new(),
             usage,
+            code: None,
         }
     }
 
@@ -50,7 +72,8 @@ impl Failure {
     pub(super) fn because(mut self, error: &dyn Error) -> Self {
         let mut next = Some(error);
         while let Some(error) = next {
-            self.chain.push(error.to_string());
+            // Names that others gave may be in it.
+            self.chain.push(clean(&error.to_string()));
             next = error.source();
         }
         self

@@ -3,12 +3,16 @@
 use std::path::{Path, PathBuf};
 
 use clap::Args;
-use nodupe::engine::{FileUsage, Origin, PoolInfo};
+use nodupe::control::health_value;
+use nodupe::control::{Request, scrub_status_value};
+use nodupe::engine::{FileUsage, Origin, PoolInfo, ScrubStatus};
 use nodupe::units::Time;
 use serde_json::{Value, json};
 
+use super::client;
 use super::failure::Result;
 use super::output::{Output, list, show};
+use super::scrub::status_line;
 use super::size;
 use super::target::{self, Facts, FileFacts, PoolFacts};
 
@@ -51,6 +55,12 @@ pub(super) fn run(args: &Info, output: Output) -> Result<()> {
     Ok(())
 }
 
+/// How the last scrub of a mounted pool ended, if its daemon tells.
+fn last_scrub(facts: &PoolFacts) -> Option<ScrubStatus> {
+    let dir = facts.mount.as_deref()?;
+    client::scrub(dir, &Request::ScrubStatus).ok()
+}
+
 fn pool_text(facts: &PoolFacts) -> String {
     let info = &facts.info;
     let mounted = match (&facts.mount, facts.pid) {
@@ -84,6 +94,9 @@ fn pool_text(facts: &PoolFacts) -> String {
         };
         lines.push(("state", state.to_owned()));
     }
+    if let Some(scrub) = last_scrub(facts) {
+        lines.push(("scrub", status_line(&scrub)));
+    }
     if let Some(why) = &facts.poisoned {
         lines.push(("poisoned", why.clone()));
     }
@@ -98,6 +111,8 @@ fn pool_json(facts: &PoolFacts) -> Value {
     // While it is mounted there is nothing to tell.
     value["clean"] = json!(facts.mount.is_none().then_some(facts.info.clean));
     value["poisoned"] = json!(facts.poisoned);
+    value["health"] = json!(facts.health.as_ref().map(health_value));
+    value["scrub"] = json!(last_scrub(facts).as_ref().map(scrub_status_value));
     value
 }
 
@@ -175,7 +190,7 @@ fn uuid_text(uuid: &[u8; 16]) -> String {
 }
 
 /// A time in UTC, as `2026-03-01T12:00:00Z`.
-fn time_text(time: Time) -> String {
+pub(super) fn time_text(time: Time) -> String {
     const DAY: i64 = 24 * 60 * 60;
     let (days, seconds) = (time.secs.div_euclid(DAY), time.secs.rem_euclid(DAY));
     let (hour, minute, second) = (seconds / 3600, seconds / 60 % 60, seconds % 60);

@@ -1,6 +1,6 @@
 //! The verbs of the program. One file a verb; only `output` prints.
 //!
-//! 1. Exit codes: 0 ok, 1 failed, 2 the command line is wrong.
+//! 1. Exit codes: 0 ok, 1 failed, 2 the command line is wrong; `check` has more, see its help.
 //! 2. Only the public interface of the library is used.
 //! 3. Standard output is data; messages for people go to standard error.
 
@@ -17,6 +17,7 @@ mod create;
 mod daemon;
 mod df;
 mod failure;
+mod grow;
 mod info;
 mod logging;
 #[cfg(feature = "fuse")]
@@ -25,10 +26,12 @@ mod mounts;
 #[cfg(feature = "fuse")]
 mod options;
 mod output;
+mod scrub;
 mod size;
 mod target;
 mod tree;
 mod umount;
+mod warn;
 
 use failure::Failure;
 use output::Output;
@@ -61,15 +64,17 @@ enum Verb {
     Umount(umount::Umount),
     Clone(clone::Clone),
     Df(df::Df),
+    Grow(grow::Grow),
     Info(info::Info),
     Check(check::Check),
+    Scrub(scrub::Scrub),
 }
 
 /// The verbs by what they are for, as the top-level help shows them.
 const GROUPS: &[(&str, &[&str])] = &[
-    ("Set up", &["create", "mount", "umount"]),
+    ("Set up", &["create", "mount", "umount", "grow"]),
     ("Every day", &["clone", "df", "info"]),
-    ("Trust", &["check"]),
+    ("Trust", &["check", "scrub"]),
 ];
 
 const EXAMPLE: &str = "\
@@ -102,7 +107,8 @@ pub(super) fn run() -> ExitCode {
         Ok(()) => ExitCode::SUCCESS,
         Err(failure) => {
             output::failure(&failure);
-            ExitCode::from(if failure.usage { USAGE } else { FAILED })
+            let code = if failure.usage { USAGE } else { FAILED };
+            ExitCode::from(failure.code.unwrap_or(code))
         }
     }
 }
@@ -118,8 +124,10 @@ fn dispatch(cli: &Cli) -> Result<(), Failure> {
         Verb::Umount(args) => umount::run(args, output),
         Verb::Clone(args) => clone::run(args, output),
         Verb::Df(args) => df::run(args, output),
+        Verb::Grow(args) => grow::run(args, output),
         Verb::Info(args) => info::run(args, output),
         Verb::Check(args) => check::run(args, output),
+        Verb::Scrub(args) => scrub::run(args, output),
     }
 }
 

@@ -6,6 +6,8 @@ use std::os::fd::{AsFd, AsRawFd};
 use std::os::unix::process::{CommandExt, ExitStatusExt};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
+use std::thread;
+use std::time::{Duration, Instant};
 
 use clap::Args;
 use nodupe::sys::process;
@@ -19,9 +21,14 @@ use super::options::{self, Words};
 use super::output::{Output, show};
 use super::size;
 use super::umount;
+use super::warn::{self, MARKS_DEFAULT};
 
 /// Bound of the caches unless told otherwise.
 const CACHE_SIZE_DEFAULT: u64 = 1024 * 1024 * 1024; // 1 GiB
+
+/// Longest wait for a process that is about to end, and how often it is looked at.
+const DYING_MAX: Duration = Duration::from_secs(10);
+const DYING_STEP: Duration = Duration::from_millis(10);
 
 const EXAMPLE: &str = "\
 Mount options (-o, separated by commas):
@@ -31,7 +38,9 @@ Mount options (-o, separated by commas):
   blocks=logical      st_blocks tells the size of a file, so that every cp clones (default)
   blocks=allocated    st_blocks tells what is mapped; cp 9.0 and 9.1 then copy sparse files
   threads=N           threads that serve requests
+  warn=80:90:95       as --warn-at
   noatime, exec, noexec, dev, nodev, suid, nosuid    as for mount(8); nodev,nosuid by default
+  relatime, norelatime, diratime, nodiratime    taken; access times are not kept
   nonempty            mount even if the directory has something in it
   defaults, nofail, _netdev, user, users, auto, noauto, comment=, x-...    ignored
 
@@ -70,6 +79,14 @@ pub(super) struct Mount {
     /// error)
     #[arg(long, value_name = "PATH")]
     log_file: Option<PathBuf>,
+    /// Percent of use at which the log warns, at the last one as an error; 80,90,95 unless told
+    /// otherwise, or off
+    #[arg(long, value_name = "PERCENTS")]
+    warn_at: Option<String>,
+    /// Program to run at each warning; NODUPE_STATE, NODUPE_PERCENT, NODUPE_MARK, NODUPE_POOL and
+    /// NODUPE_MOUNT tell it why
+    #[arg(long, value_name = "PROGRAM")]
+    on_warning: Option<PathBuf>,
     /// Mount options, see below
     #[arg(short = 'o', value_name = "OPTIONS")]
     options: Vec<String>,
@@ -93,14 +110,25 @@ impl Mount {
 pub(super) fn run(args: &Mount, output: Output) -> Result<()> {
     let words = options::parse(&args.options)?;
     let read_only = args.read_only || words.read_only == Some(true);
-    if !args.create && (args.shape.size.is_some() || args.shape.journal_size.is_some()) {
+    let shape = &args.shape;
+    let is_shaped = shape.size.is_some() || shape.journal_size.is_some() || shape.preallocate;
+    if !args.create && is_shaped {
         return Err(
-            Failure::usage("--size and --journal-size are for a new pool").hint("add --create"),
+            Failure::usage("--size, --journal-size and --preallocate are for a new pool")
+                .hint("add --create"),
         );
     }
     if args.create && read_only {
         return Err(Failure::usage("--create and read-only exclude each other"));
     }
+    let marks = match &args.warn_at {
+        Some(text) => warn::parse_marks(text).map_err(Failure::usage)?,
+        None => words.warn.clone().unwrap_or(MARKS_DEFAULT.to_vec()),
+    };
+    let words = Words {
+        warn: Some(marks),
+        ..words
+    };
     if args.is_service() {
         serve(args, &words, read_only, output)
     } else {
@@ -190,15 +218,31 @@ fn serve(args: &Mount, words: &Words, read_only: bool, output: Output) -> Result
             .or(words.cache_size)
             .unwrap_or(CACHE_SIZE_DEFAULT),
     };
+    wait_for_dying(&pool_path, &dir);
     let pool = access::open_pool(&pool_path, args.shape.journal.as_deref(), &options)?;
     let plan = daemon::Plan {
         pool_path,
         dir,
         allow_other: args.allow_other || words.allow_other,
         read_only,
+        marks: words.warn.clone().unwrap_or_default(),
+        hook: args.on_warning.clone(),
         words: words.clone(),
     };
     service.run(&pool, &plan)
+}
+
+/// Waits for a process that is about to end and still holds the pool: killed, or behind an unmount
+/// that nobody waited for. Opening the pool tells what is wrong if that does not help.
+fn wait_for_dying(pool: &Path, dir: &Path) {
+    let begun = Instant::now();
+    while begun.elapsed() < DYING_MAX && !mounts::lock_holders(pool).is_empty() {
+        match mounts::of_pool(pool) {
+            // Somebody serves it, and is alive.
+            Ok(Some(mount)) if mount.dir != dir && !umount::is_dead(&mount.dir) => return,
+            _ => thread::sleep(DYING_STEP),
+        }
+    }
 }
 
 /// The directory to mount on, absolute: exists, is empty, and nothing is mounted on it.
@@ -214,9 +258,13 @@ fn prepare_dir(dir: &Path, create: bool, nonempty: bool, output: Output) -> Resu
                     failed(error).hint(format!("make it: mkdir -p {name}, or mount with --create"))
                 );
             }
-            _ if mounts::is_dead(&error) => clear_dead(dir, output)?,
+            // Cleared below.
+            _ if mounts::is_dead(&error) => {}
             _ => return Err(failed(error)),
         }
+    }
+    if umount::is_dead(dir) {
+        clear_dead(dir, output)?;
     }
     let dir = dir.canonicalize().map_err(failed)?;
     if !dir.is_dir() {

@@ -165,6 +165,16 @@ pub(super) fn lock_holders(path: &Path) -> Vec<u32> {
     pids
 }
 
+/// True if the process lives: one that has ended and waits for its parent does not.
+pub(super) fn is_alive(pid: u32) -> bool {
+    let stat = fs::read_to_string(format!("/proc/{pid}/stat"));
+    // The state stands behind the name, which is in brackets and may hold anything.
+    stat.is_ok_and(|stat| {
+        let state = stat.rsplit(')').next().unwrap_or("").trim_start();
+        !state.starts_with(['Z', 'X'])
+    })
+}
+
 /// Major and minor number in a `dev_t` as glibc and musl encode it.
 fn device_numbers(dev: u64) -> (u64, u64) {
     (

@@ -4,6 +4,7 @@ use nodupe::fuse::THREADS_MAX;
 
 use super::failure::{Failure, Result};
 use super::size;
+use super::warn;
 
 /// What `-o` asks for; `None` and false: not mentioned.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -14,6 +15,8 @@ pub(super) struct Words {
     /// True: `st_blocks` tells the blocks that are mapped, instead of the size of the file.
     pub(super) blocks_allocated: bool,
     pub(super) threads: Option<usize>,
+    /// Percent of use at which there are warnings.
+    pub(super) warn: Option<Vec<u8>>,
     pub(super) nonempty: bool,
     /// Words for the kernel, in their order.
     pub(super) kernel: Vec<String>,
@@ -48,6 +51,8 @@ fn set_flag(words: &mut Words, name: &str) -> bool {
         "noatime" | "relatime" | "atime" | "dev" | "nodev" | "suid" | "nosuid" | "exec"
         | "noexec" | "sync" | "async" | "dirsync" => words.kernel.push(name.to_owned()),
         "nonempty" => words.nonempty = true,
+        // Access times are not kept: nothing to choose.
+        "diratime" | "nodiratime" | "norelatime" => {}
         // For mount(8), systemd and the init scripts. default_permissions is always on.
         "defaults"
         | "nofail"
@@ -87,6 +92,7 @@ fn set_value(words: &mut Words, name: &str, value: &str) -> Result<bool> {
                 )));
             }
         },
+        "warn" => words.warn = Some(warn::parse_marks(value).map_err(Failure::usage)?),
         "comment" => {}
         _ => return Ok(name.starts_with("x-")),
     }
@@ -113,6 +119,12 @@ mod tests {
     }
 
     #[test]
+    fn words_about_access_times_are_taken() {
+        let list = "noatime,nodiratime,diratime,relatime,norelatime";
+        assert_eq!(parsed(list).kernel, ["noatime", "relatime"]);
+    }
+
+    #[test]
     fn later_words_win() {
         assert_eq!(parsed("ro,rw").read_only, Some(false));
         assert_eq!(parsed("noexec,exec").kernel, ["noexec", "exec"]);
@@ -122,6 +134,7 @@ mod tests {
         );
         assert!(parsed("blocks=allocated").blocks_allocated);
         assert_eq!(parsed("threads=4").threads, Some(4));
+        assert_eq!(parsed("warn=70:85").warn, Some(vec![70, 85]));
     }
 
     #[test]
@@ -132,6 +145,7 @@ mod tests {
             "threads=0",
             "blocks=x",
             "cache_size=1",
+            "warn=0",
             "cache=1G",
         ] {
             let failure = parse(&[list.to_owned()]).unwrap_err();

@@ -123,8 +123,13 @@ pub(super) fn show(path: &Path) -> String {
 
 /// As [`show`], for any text from the outside.
 pub(super) fn clean(text: &str) -> String {
+    // What moves the cursor, and what turns the direction of what follows.
+    let hidden = |c: char| {
+        c.is_control()
+            || matches!(c, '\u{200e}' | '\u{200f}' | '\u{202a}'..='\u{202e}' | '\u{2066}'..='\u{2069}')
+    };
     text.chars()
-        .map(|c| if c.is_control() { '?' } else { c })
+        .map(|c| if hidden(c) { '?' } else { c })
         .collect()
 }
 

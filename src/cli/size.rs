@@ -87,6 +87,23 @@ pub(super) fn parse_pool_size(text: &str) -> Result<u64, String> {
     }
 }
 
+/// What a pool grows to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Growth {
+    /// This size, in bytes.
+    To(u64),
+    /// So many bytes more.
+    By(u64),
+}
+
+/// Parses `200G` or `+50G`.
+pub(super) fn parse_growth(text: &str) -> Result<Growth, String> {
+    match text.trim().strip_prefix('+') {
+        Some(more) => parse(more).map(Growth::By),
+        None => parse(text).map(Growth::To),
+    }
+}
+
 /// As [`parse`], for the size of a journal.
 pub(super) fn parse_journal_size(text: &str) -> Result<u64, String> {
     match parse(text)? {
@@ -150,6 +167,9 @@ mod tests {
             let error = parse(text).unwrap_err();
             assert!(error.contains(reason), "{text}: {error}");
         }
+        assert_eq!(parse_growth("+1G"), Ok(Growth::By(1 << 30)));
+        assert_eq!(parse_growth("2G"), Ok(Growth::To(2 << 30)));
+        assert!(parse_growth("-1G").is_err() && parse_growth("++1G").is_err());
         assert!(parse_pool_size("63M").is_err());
         assert!(parse_pool_size("1025T").is_err());
         assert!(parse_pool_size("64M").is_ok());

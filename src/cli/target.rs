@@ -3,7 +3,7 @@
 use std::io;
 use std::path::{Path, PathBuf};
 
-use nodupe::engine::{FileUsage, OpenOptions, Origin, Pool, PoolInfo, Usage};
+use nodupe::engine::{FileUsage, Health, OpenOptions, Origin, Pool, PoolInfo, Usage};
 
 use super::access;
 use super::client;
@@ -11,6 +11,7 @@ use super::failure::{Failure, Result};
 use super::mounts::{self, Mount};
 use super::output::show;
 use super::tree;
+use super::warn::MARKS_DEFAULT;
 
 /// Bound of the caches for a look into a pool that is not mounted.
 pub(super) const LOOK_CACHE_SIZE: u64 = 64 * 1024 * 1024; // 64 MiB
@@ -48,6 +49,12 @@ pub(super) struct PoolFacts {
     pub(super) usage: Option<Usage>,
     /// Why writes are refused, if they are.
     pub(super) poisoned: Option<String>,
+    /// What happened since it was mounted.
+    pub(super) health: Option<Health>,
+    /// True if the host below a mounted pool has no space.
+    pub(super) host_full: bool,
+    /// Percent of use at which its daemon warns, ascending.
+    pub(super) marks: Vec<u8>,
 }
 
 /// A file in a pool.
@@ -106,7 +113,10 @@ pub(super) fn mounted(mount: &Mount) -> Result<PoolFacts> {
         read_only: mount.read_only,
         pid: Some(daemon.pid),
         usage: Some(daemon.usage),
+        host_full: daemon.host_full,
+        marks: daemon.marks,
         poisoned: daemon.poisoned,
+        health: Some(daemon.health),
     })
 }
 
@@ -127,6 +137,9 @@ fn unmounted(path: &Path, journal: Option<&Path>, want: Want) -> Result<PoolFact
         info: access::inspect_path(path)?,
         usage: None,
         poisoned: None,
+        health: None,
+        host_full: false,
+        marks: MARKS_DEFAULT.to_vec(),
     };
     if want == Want::Usage {
         let pool = open_to_look(path, journal)?;

@@ -2,7 +2,8 @@
 
 use std::io;
 use std::path::{Path, PathBuf};
-use std::time::Duration;
+use std::thread;
+use std::time::{Duration, Instant};
 
 use clap::Args;
 use nodupe::sys::process::{self, Process};
@@ -22,6 +23,11 @@ const PATIENCE: Duration = Duration::from_secs(5);
 
 /// How long each further wait is.
 const WAIT_STEP: Duration = Duration::from_secs(60 * 60); // 1 h: there is no limit
+
+/// For this long a busy mount is tried again: whoever passes by (df, a monitor, a scan of all
+/// mounts) holds it for a moment only.
+const BUSY_MAX: Duration = Duration::from_secs(1);
+const BUSY_STEP: Duration = Duration::from_millis(20);
 
 /// Most processes named as users of a busy mount.
 const USERS_SHOWN_MAX: usize = 5;
@@ -56,14 +62,30 @@ pub(super) fn run(args: &Umount, output: Output) -> Result<()> {
     let daemon = Process::open(pid).map_err(|error| {
         Failure::new(format!("cannot watch process {pid} of {name}")).because(&error)
     })?;
-    process::unmount(&dir, false).map_err(|error| failed(&mount, &error))?;
+    unmount(&dir).map_err(|error| failed(&mount, &error))?;
     wait(&daemon, output)?;
     check_closed(&mount)
 }
 
-/// True if nobody serves the mount on `dir` any more.
+fn unmount(dir: &Path) -> io::Result<()> {
+    let start = Instant::now();
+    loop {
+        match process::unmount(dir, false) {
+            Err(error)
+                if error.kind() == io::ErrorKind::ResourceBusy && start.elapsed() < BUSY_MAX =>
+            {
+                thread::sleep(BUSY_STEP);
+            }
+            result => return result,
+        }
+    }
+}
+
+/// True if nobody serves the mount on `dir` any more. Asks for what the kernel does not remember:
+/// attributes of a dead mount may still be had.
 pub(super) fn is_dead(dir: &Path) -> bool {
-    dir.metadata().is_err_and(|error| mounts::is_dead(&error))
+    let answer = dir.metadata().and_then(|_| dir.read_dir()).map(drop);
+    answer.is_err_and(|error| mounts::is_dead(&error))
 }
 
 /// Takes away a mount whose daemon has gone.

@@ -16,7 +16,7 @@ use crate::control;
 use crate::engine::Attr;
 use crate::error::Result;
 use crate::units::Ino;
-use crate::vfs::{Caller, HandleId, Vfs};
+use crate::vfs::{Caller, HandleId, StalePages, Vfs, Watcher};
 
 /// How long the kernel trusts names and attributes. Nobody but the kernel changes them, except
 /// clones by the control channel; short, so that permissions of a directory are never long stale.
@@ -38,11 +38,32 @@ impl Invalidator {
     /// The directory has new entries. Names that were missing are never cached, so its times are
     /// all that is stale. Takes no lock in the kernel that a request could hold.
     fn directory(&self, dir: Ino) {
-        if let Some(notifier) = self.notifier.get()
-            && let Err(error) = notifier.inval_inode(INodeNo(dir.0), -1, 0)
-        {
-            log::debug!("the kernel was not told of a change: inode={dir}: {error}");
+        self.tell(dir, -1, 0);
+    }
+
+    /// Pages of a file are stale. Waits until readers have filled theirs, so it is not for a
+    /// session thread: all of them could be waiting while nobody answers the readers.
+    fn pages(&self, ino: Ino, offset: u64, len: u32) {
+        match i64::try_from(offset) {
+            Ok(offset) => self.tell(ino, offset, len.into()),
+            Err(_) => self.tell(ino, 0, 0),
         }
+    }
+
+    /// A negative offset: only attributes.
+    fn tell(&self, ino: Ino, offset: i64, len: i64) {
+        if let Some(notifier) = self.notifier.get()
+            && let Err(error) = notifier.inval_inode(INodeNo(ino.0), offset, len)
+        {
+            log::debug!("the kernel was not told of a change: inode={ino}: {error}");
+        }
+    }
+}
+
+impl Watcher for Invalidator {
+    /// The kernel asks for a mode only when it knows that it is stale.
+    fn mode_changed(&self, ino: Ino) {
+        self.tell(ino, -1, 0);
     }
 }
 
@@ -52,18 +73,22 @@ pub(super) struct Adapter {
     pub(super) vfs: Arc<Vfs>,
     control: Arc<Server>,
     worker: Queue,
+    /// What waits for the page cache.
+    pages: Queue,
     invalidator: Invalidator,
     pub(super) errors: Arc<ErrorLog>,
 }
 
 impl Adapter {
-    pub(super) fn new(vfs: Arc<Vfs>, control: Server, worker: Queue) -> Self {
+    pub(super) fn new(vfs: Arc<Vfs>, control: Server, worker: Queue, pages: Queue) -> Self {
+        let errors = ErrorLog::new(vfs.pool().clone());
         Self {
             vfs,
             control: Arc::new(control),
             worker,
+            pages,
             invalidator: Invalidator::default(),
-            errors: Arc::default(),
+            errors: Arc::new(errors),
         }
     }
 
@@ -158,6 +183,36 @@ impl Adapter {
         self.reply_synced(operation, inode, |result| match result {
             Ok(()) => reply.ok(),
             Err(errno) => reply.error(errno),
+        });
+    }
+
+    /// Answers a write of `bytes` around the page cache, once that has dropped what is stale.
+    pub(super) fn reply_written_directly(
+        &self,
+        inode: INodeNo,
+        (handle, offset, bytes): (HandleId, u64, u32),
+        sync: bool,
+        reply: ReplyWrite,
+    ) {
+        let (offset, len) = match self.vfs.stale_pages(handle, ino(inode)) {
+            StalePages::None => return self.reply_written("write", inode, bytes, sync, reply),
+            StalePages::Written => (offset, bytes),
+            StalePages::All => (0, 0), // length 0: to the end
+        };
+        let (vfs, invalidator, errors) = (
+            self.vfs.clone(),
+            self.invalidator.clone(),
+            self.errors.clone(),
+        );
+        self.pages.run(move || {
+            invalidator.pages(ino(inode), offset, len);
+            if !sync {
+                return reply.written(bytes);
+            }
+            vfs.sync_with(Box::new(move |result| match result {
+                Ok(()) => reply.written(bytes),
+                Err(error) => reply.error(errors.errno("write", inode.0, &error)),
+            }));
         });
     }
 

@@ -18,6 +18,8 @@ use crate::sys;
 use crate::units::Ino;
 use crate::vfs::{Access, Caller, HandleId, Vfs};
 
+use super::scrub::Scrubber;
+
 /// How long a token works.
 const TOKEN_AGE_MAX: Duration = Duration::from_secs(60);
 
@@ -38,15 +40,25 @@ const MODE_SETGID: u32 = 0o2000;
 pub(super) struct Server {
     vfs: Arc<Vfs>,
     pool: String,
+    /// Percent of use at which the daemon warns, ascending.
+    marks: Vec<u8>,
     tokens: Mutex<Tokens>,
+    scrubber: Arc<Scrubber>,
 }
 
 impl Server {
-    /// For the pool at path `pool`.
-    pub(super) fn new(vfs: Arc<Vfs>, pool: String) -> Self {
+    /// For the pool at path `pool`, in which there are warnings at `marks` percent of use.
+    pub(super) fn new(
+        vfs: Arc<Vfs>,
+        pool: String,
+        marks: Vec<u8>,
+        scrubber: Arc<Scrubber>,
+    ) -> Self {
         Self {
             vfs,
             pool,
+            marks,
+            scrubber,
             tokens: Mutex::default(),
         }
     }
@@ -72,7 +84,29 @@ impl Server {
                 self.clone(caller, *source, ino, &names, *preserve)
             }
             Request::Usage => self.vfs.file_usage(ino).map(Response::Usage),
-            Request::Checkpoint => self.vfs.checkpoint().map(|()| Response::Done),
+            Request::Checkpoint => {
+                check_owner(caller)?; // each one costs everybody a wait
+                self.vfs.checkpoint().map(|()| Response::Done)
+            }
+            Request::ScrubStart { rate, restart } => {
+                check_owner(caller)?;
+                let status = self.scrubber.start(*rate, *restart)?;
+                Ok(Response::Scrub(Box::new(status)))
+            }
+            Request::ScrubStop => {
+                check_owner(caller)?;
+                let status = self.scrubber.stop()?;
+                Ok(Response::Scrub(Box::new(status)))
+            }
+            Request::ScrubStatus => {
+                let status = self.scrubber.status()?;
+                Ok(Response::Scrub(Box::new(status)))
+            }
+            Request::ScrubFindings(page) => {
+                check_owner(caller)?; // paths that not everybody may see
+                Ok(Response::ScrubFindings(self.scrubber.findings(*page)))
+            }
+            Request::Grow { size } => self.grow(caller, *size),
         }
     }
 
@@ -85,8 +119,21 @@ impl Server {
             uuid: facts.uuid,
             version: facts.version,
             poisoned: pool.poisoned(),
+            health: pool.health(),
+            host_full: pool.is_host_full(),
+            marks: self.marks.clone(),
             usage: pool.usage(),
         }))
+    }
+
+    fn grow(&self, caller: &Caller, size: Option<u64>) -> Result<Response> {
+        if !caller.is_root() && caller.uid != sys::process::effective_owner().0 {
+            return Err(Error::new(
+                Kind::NotPermitted,
+                "only root and the user who mounted the pool make it larger",
+            ));
+        }
+        self.vfs.pool().grow(size).map(Response::Grown)
     }
 
     fn token(&self, caller: &Caller, handle: HandleId, ino: Ino) -> Result<Response> {
@@ -141,16 +188,26 @@ impl Server {
                 "only root keeps the owner of what it clones",
             ));
         }
-        if !caller.is_root() {
-            self.check_tree(caller, src)?;
-        }
+        let seen = if caller.is_root() {
+            None
+        } else {
+            Some(self.check_tree(caller, src)?)
+        };
+        // Others may put something into the tree behind the check: it is not cloned.
+        let allows = |attr: &Attr| match &seen {
+            Some(seen) if seen.get(&attr.ino) != Some(&rights(attr)) => Err(Error::new(
+                Kind::Busy,
+                "the directory was changed while it was looked at: try again",
+            )),
+            _ => Ok(()),
+        };
         let gid = if into.mode & MODE_SETGID != 0 {
             into.gid
         } else {
             caller.gid
         };
         let owner = (!preserve).then_some((caller.uid, gid));
-        self.vfs.clone_tree(src, dir, names, owner)?;
+        self.vfs.clone_tree(src, dir, names, owner, &allows)?;
         Ok(Response::Clones(u32::try_from(names.len()).map_err(
             |_| Error::new(Kind::TooLarge, "more clones than can be counted"),
         )?))
@@ -158,7 +215,9 @@ impl Server {
 
     /// Refuses a source with anything in it that `caller` could not copy: what he cannot read,
     /// device nodes, and files with capabilities, which as his own would give him rights.
-    fn check_tree(&self, caller: &Caller, src: Ino) -> Result<()> {
+    /// Returns what it has seen, with the rights of each.
+    fn check_tree(&self, caller: &Caller, src: Ino) -> Result<HashMap<Ino, Rights>> {
+        let mut passed = HashMap::new();
         let mut seen = 0;
         // A file was readable when it was opened; a directory perhaps only to be listed.
         let top = self.vfs.attr(src)?;
@@ -169,6 +228,7 @@ impl Server {
             ));
         }
         self.check_entry(&top)?;
+        passed.insert(src, rights(&top));
         let mut pending = vec![src];
         while let Some(dir) = pending.pop() {
             if self.vfs.attr(dir)?.kind != FileKind::Directory {
@@ -200,12 +260,13 @@ impl Server {
                     ));
                 }
                 self.check_entry(&attr)?;
+                passed.insert(ino, rights(&attr));
                 if attr.kind == FileKind::Directory {
                     pending.push(ino);
                 }
             }
         }
-        Ok(())
+        Ok(passed)
     }
 
     fn check_entry(&self, attr: &Attr) -> Result<()> {
@@ -228,6 +289,25 @@ impl Server {
             _ => Ok(()),
         }
     }
+}
+
+/// Mode, owner and group of an inode.
+type Rights = (u32, u32, u32);
+
+fn rights(attr: &Attr) -> Rights {
+    (attr.mode, attr.uid, attr.gid)
+}
+
+/// Lets pass who mounted the pool, and root.
+fn check_owner(caller: &Caller) -> Result<()> {
+    let (owner, _) = sys::process::effective_owner();
+    if caller.is_root() || caller.uid == owner {
+        return Ok(());
+    }
+    Err(Error::new(
+        Kind::NotPermitted,
+        "only root and the user who mounted the pool may do that",
+    ))
 }
 
 /// What a token stands for.

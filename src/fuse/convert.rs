@@ -80,7 +80,13 @@ pub(super) fn open_flags(flags: i32) -> vfs::OpenFlags {
     vfs::OpenFlags {
         read: OpenFlags(flags).acc_mode() != OpenAccMode::O_WRONLY,
         sync: is_sync(flags),
+        cached: !is_direct(flags),
     }
+}
+
+/// True for what goes around the page cache.
+pub(super) fn is_direct(flags: i32) -> bool {
+    flags & libc::O_DIRECT != 0
 }
 
 /// True for O_SYNC, which includes the bit of O_DSYNC, and for O_DSYNC.
@@ -89,9 +95,9 @@ pub(super) fn is_sync(flags: i32) -> bool {
 }
 
 /// How the kernel treats an open file: what is opened O_DIRECT goes around the page cache, with
-/// writers side by side; of other files cached pages stay, for nothing changes behind them.
+/// writers side by side; of other files cached pages stay, for what changes behind them is told.
 pub(super) fn fopen_flags(flags: i32) -> FopenFlags {
-    if flags & libc::O_DIRECT != 0 {
+    if is_direct(flags) {
         FopenFlags::FOPEN_DIRECT_IO | FopenFlags::FOPEN_PARALLEL_DIRECT_WRITES
     } else {
         FopenFlags::FOPEN_KEEP_CACHE

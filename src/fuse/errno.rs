@@ -1,12 +1,16 @@
 //! The one place where kinds of errors become numbers of the system, and where errors that are
 //! not the caller's are logged.
 
+use std::collections::HashMap;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use fuser::Errno;
 use parking_lot::Mutex;
 
+use crate::engine::Pool;
 use crate::error::{Error, Kind};
+use crate::units::Ino;
 
 /// Messages per [`LOG_PERIOD`]: one failing disk must not fill another.
 const LOG_MESSAGES_MAX: u32 = 20;
@@ -42,6 +46,8 @@ pub(super) fn errno(kind: Kind) -> Errno {
 /// Logs what an errno does not tell: damage and failures of the pool.
 #[derive(Debug, Default)]
 pub(super) struct ErrorLog {
+    /// To find the paths of what is damaged.
+    pool: Option<Arc<Pool>>,
     period: Mutex<Period>,
 }
 
@@ -49,22 +55,49 @@ pub(super) struct ErrorLog {
 struct Period {
     start: Option<Instant>,
     messages: u32,
+    /// Paths found in this period: finding one may cost a pass over all names.
+    paths: HashMap<u64, String>,
 }
 
 impl ErrorLog {
+    /// Of what happens to files in `pool`.
+    pub(super) fn new(pool: Arc<Pool>) -> Self {
+        Self {
+            pool: Some(pool),
+            ..Self::default()
+        }
+    }
+
     /// The errno to answer with. Damage and failures are logged, with the operation and the inode
     /// they met.
     pub(super) fn errno(&self, operation: &str, ino: u64, error: &Error) -> Errno {
         let kind = error.kind();
         match kind {
-            Kind::Corrupt | Kind::Io | Kind::Poisoned => {
-                if self.admit() {
-                    log::error!("{operation} failed: inode={ino}: {}", Chain(error));
-                }
+            Kind::Corrupt | Kind::Io if self.admit() => {
+                let path = self.path(ino);
+                log::error!("{operation} failed: {path}inode={ino}: {}", Chain(error));
             }
+            Kind::Poisoned if self.admit() => {
+                log::error!("{operation} failed: inode={ino}: {}", Chain(error));
+            }
+            Kind::Corrupt | Kind::Io | Kind::Poisoned => {}
             _ => log::debug!("{operation}: inode={ino}: {}", Chain(error)),
         }
         errno(kind)
+    }
+
+    /// `path=...` with a space behind it; nothing if the inode has none, or it cannot be found.
+    fn path(&self, ino: u64) -> String {
+        if let Some(path) = self.period.lock().paths.get(&ino) {
+            return path.clone();
+        }
+        let paths = self.pool.as_ref().map(|pool| pool.paths(Ino(ino)));
+        let path = match paths.unwrap_or_default().first() {
+            Some(path) => format!("path={} ", String::from_utf8_lossy(path).escape_debug()),
+            None => String::new(),
+        };
+        self.period.lock().paths.insert(ino, path.clone());
+        path
     }
 
     fn admit(&self) -> bool {
@@ -80,7 +113,7 @@ impl ErrorLog {
             }
             *period = Period {
                 start: Some(now),
-                messages: 0,
+                ..Period::default()
             };
         }
         period.messages = period.messages.saturating_add(1);

@@ -22,6 +22,7 @@ mod convert;
 mod errno;
 mod options;
 mod requests;
+mod scrub;
 mod system;
 mod unmount;
 mod worker;
@@ -32,6 +33,7 @@ pub use unmount::Unmounter;
 use adapter::Adapter;
 use control::Server;
 use options::Resolved;
+use scrub::Scrubber;
 use worker::Worker;
 
 /// Mounts `pool` on the directory `dir`, and serves it until it is unmounted. `ready` is called
@@ -67,13 +69,18 @@ pub fn mount(
         },
     ));
     let source = options.pool.to_string_lossy().into_owned();
-    let worker = Worker::start().map_err(|error| cannot("start a thread for", &dir, error))?;
+    let no_thread = |error| cannot("start a thread for", &dir, error);
+    let worker = Worker::start("nodupe-mount").map_err(no_thread)?;
+    let pages = Worker::start("nodupe-pages").map_err(no_thread)?;
+    let scrubber = Arc::new(Scrubber::new(vfs.pool().clone()));
     let adapter = Adapter::new(
         vfs.clone(),
-        Server::new(vfs.clone(), source),
+        Server::new(vfs.clone(), source, options.marks.clone(), scrubber.clone()),
         worker.queue(),
+        pages.queue(),
     );
     let invalidator = adapter.invalidator();
+    vfs.watch(invalidator.clone());
 
     let mut config = Config::default();
     config.mount_options = kernel;
@@ -98,6 +105,8 @@ pub fn mount(
     unmounter.unmount()?;
     // The adapter is gone with the session, and with it the last sender of jobs.
     worker.finish();
+    pages.finish();
+    scrubber.finish();
     let finished = vfs.finish();
     served.map_err(|error| cannot("serve", &dir, error))?;
     finished

@@ -28,6 +28,8 @@ pub struct MountOptions {
     pub threads: usize,
     /// What `st_blocks` tells.
     pub blocks: BlocksPolicy,
+    /// Percent of use at which whoever mounts it warns, ascending: told on the control channel.
+    pub marks: Vec<u8>,
     /// Further options as after `-o`, one per entry.
     pub extra: Vec<String>,
 }
@@ -41,6 +43,7 @@ impl MountOptions {
             read_only: false,
             threads: THREADS_DEFAULT,
             blocks: BlocksPolicy::default(),
+            marks: Vec::new(),
             extra: Vec::new(),
         }
     }

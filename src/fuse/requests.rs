@@ -21,7 +21,7 @@ use fuser::{
 use super::adapter::{Adapter, TTL};
 use super::connection;
 use super::convert::{
-    caller, file_type, fopen_flags, handle, ino, is_sync, node_kind, open_flags, time,
+    caller, file_type, fopen_flags, handle, ino, is_direct, is_sync, node_kind, open_flags, time,
 };
 use crate::control;
 use crate::engine::{FileKind, RenameMode, XattrMode};
@@ -39,7 +39,7 @@ thread_local! {
 /// of odd size and never comes to an end.
 fn is_alignment_probe(flags: i32, offset: u64, size: u32) -> bool {
     let sector = SECTOR_SIZE as u32;
-    flags & libc::O_DIRECT != 0 && size < sector && offset.is_multiple_of(u64::from(sector))
+    is_direct(flags) && size < sector && offset.is_multiple_of(u64::from(sector))
 }
 
 impl Filesystem for Adapter {
@@ -299,7 +299,13 @@ impl Filesystem for Adapter {
             return reply.error(self.errors.errno("write", inode.0, &error));
         }
         // The length of a request fits the 32 bits that it came in.
-        self.reply_written("write", inode, data.len() as u32, is_sync(flags.0), reply);
+        let (bytes, sync) = (data.len() as u32, is_sync(flags.0));
+        if is_direct(flags.0) {
+            let written = (handle(file), offset, bytes);
+            self.reply_written_directly(inode, written, sync, reply);
+        } else {
+            self.reply_written("write", inode, bytes, sync, reply);
+        }
     }
 
     fn flush(

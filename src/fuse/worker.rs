@@ -1,4 +1,5 @@
-//! One thread for what takes long and has its own answer: checkpoints.
+//! A thread for what must not hold a session thread and has its own answer: checkpoints, and what
+//! the kernel is told of its page cache.
 
 use std::io;
 use std::sync::mpsc::{Receiver, Sender, channel};
@@ -32,9 +33,10 @@ pub(super) struct Worker {
 }
 
 impl Worker {
-    pub(super) fn start() -> io::Result<Self> {
+    /// Starts a thread called `name`.
+    pub(super) fn start(name: &str) -> io::Result<Self> {
         let (jobs, waiting): (_, Receiver<Job>) = channel();
-        let thread = spawn("nodupe-mount", move || {
+        let thread = spawn(name, move || {
             for job in waiting {
                 job();
             }
