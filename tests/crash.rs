@@ -6,35 +6,56 @@
 mod common;
 
 use common::crash::{
-    Depth, TINY, Totals, Verdict, assert_none, check, cut_everywhere, for_each_seed, new_pool,
-    record, record_random, seeds,
+    Depth, TINY, Totals, Verdict, assert_none, cases, check, cut_everywhere, for_each_seed,
+    new_pool, record, record_random, seeds,
 };
 use common::generate::{SMALL, random_bytes};
 use common::history::{Op, create_options, open};
 use common::model::ROOT;
+use common::pairs::{operations, prepare};
+use common::script::{Planned, Script};
+use common::shrink::crash_everywhere;
+use common::world::{World, report};
 
 use std::sync::Arc;
 
 use nodupe::device::{SimDevice, SplitMix64};
-use nodupe::engine::{FileKind, Pool, RenameMode};
+use nodupe::engine::{FileKind, Pool};
 
 /// Operations of a random history.
 const OPS: usize = 160;
 
 #[test]
 fn crash_at_every_write_leaves_an_allowed_state() {
-    let depth = Depth {
-        images: 1,
-        second_every: 16,
-        continue_every: 8,
-    };
     let totals = Totals::default();
-    let failures = for_each_seed(&seeds(200), |seed| {
-        let history = record_random(&TINY, &SMALL, seed, OPS, false)?;
-        cut_everywhere(&history, &depth, &totals)
-    });
+    let failures = for_each_seed(&seeds(140), |seed| World::of(seed).run(&totals));
     totals.report("random histories");
     assert_none("crash_at_every_write", &failures);
+}
+
+#[test]
+fn a_failing_history_shrinks_to_a_few_operations() {
+    // A device that ignores syncs loses acknowledged writes: a close alone, or one operation and a
+    // close, show it.
+    for seed in 1..=4 {
+        let world = World {
+            ignore_sync: true,
+            ops: 120,
+            ..World::of(seed)
+        };
+        let text = world.run(&Totals::default()).expect_err("the device lies");
+        eprintln!("SEED={seed}\n{text}\n");
+        let count = text.split("shrunk to ").nth(1).and_then(|rest| {
+            let digits = rest.split(' ').next()?;
+            digits.parse::<usize>().ok()
+        });
+        let count = count.expect("the report says how many operations are left");
+        assert!(count <= 4, "{count} operations are left");
+        assert!(text.contains("crash behind event"), "no crash is named");
+        // The same seed fails in the same way.
+        let again = world.run(&Totals::default()).expect_err("the device lies");
+        assert_eq!(text.lines().next(), again.lines().next());
+    }
 }
 
 #[test]
@@ -62,58 +83,8 @@ fn crash_tests_notice_a_device_that_ignores_syncs() {
     );
 }
 
-/// The operations of the exhaustive test, on the files that [`prepare`] makes.
-fn operations(rng: &mut SplitMix64) -> Vec<Op> {
-    const A: usize = 1;
-    const B: usize = 2;
-    const DIR: usize = 3;
-    let mut bytes = |len| random_bytes(rng, len);
-    vec![
-        Op::Write(A, 100, bytes(300)),
-        Op::Write(A, 4096, bytes(8192)),
-        Op::Write(B, 0, bytes(65536)),
-        Op::Write(A, 0, vec![0; 8192]),
-        Op::Truncate(A, 5000),
-        Op::Truncate(B, 40000),
-        Op::Punch(A, 3000, 9000),
-        Op::CloneFile(A, B),
-        Op::CloneRange((A, 0), (B, 8192), 8192),
-        Op::CloneTree(DIR, ROOT, vec![b"copy".to_vec(), b"copy2".to_vec()]),
-        Op::Create(DIR, b"new".to_vec(), FileKind::Regular, Vec::new()),
-        Op::Link(A, DIR, b"link".to_vec()),
-        Op::Unlink(ROOT, b"a".to_vec(), true),
-        Op::Unlink(ROOT, b"b".to_vec(), false),
-        Op::Rename(
-            (ROOT, b"a".to_vec()),
-            (ROOT, b"b".to_vec()),
-            RenameMode::Replace,
-        ),
-        Op::Rename(
-            (ROOT, b"b".to_vec()),
-            (DIR, b"inner".to_vec()),
-            RenameMode::Exchange,
-        ),
-        Op::Checkpoint,
-        Op::Sync,
-    ]
-}
-
-/// Two files with data and a directory with one more.
-fn prepare(rng: &mut SplitMix64) -> Vec<Op> {
-    let file = |dir, name: &[u8]| Op::Create(dir, name.to_vec(), FileKind::Regular, Vec::new());
-    vec![
-        file(ROOT, b"a"),
-        file(ROOT, b"b"),
-        Op::Create(ROOT, b"dir".to_vec(), FileKind::Directory, Vec::new()),
-        file(3, b"inner"),
-        Op::Write(1, 0, random_bytes(rng, 20000)),
-        Op::Write(4, 0, random_bytes(rng, 70000)),
-        Op::Checkpoint,
-    ]
-}
-
-#[test]
-fn every_two_operations_survive_a_crash_at_every_write() {
+/// Sequences of `len` of the operations on three files, numbered; each is cut at each write.
+fn short_sequences(test: &str, numbers: &[u64], len: u32) {
     let depth = Depth {
         images: 3,
         second_every: 8,
@@ -121,34 +92,36 @@ fn every_two_operations_survive_a_crash_at_every_write() {
     };
     let totals = Totals::default();
     let count = operations(&mut SplitMix64::new(0)).len() as u64;
-    let all: Vec<u64> = (0..count * count).collect();
-    let failures = for_each_seed(&all, |seed| {
+    let failures = for_each_seed(numbers, |seed| {
         let mut rng = SplitMix64::new(seed);
         let mut ops = prepare(&mut rng);
         let choice = operations(&mut rng);
-        for index in [seed / count, seed % count] {
-            ops.push(choice[index as usize].clone());
-        }
+        let digits = (0..len).rev().map(|digit| seed / count.pow(digit) % count);
+        ops.extend(digits.map(|index| choice[index as usize].clone()));
         ops.push(Op::Sync);
-        let mut ops = ops.into_iter();
-        let history = record(&TINY, seed, false, |runner| {
-            // On a file that the first one removed the second is no operation.
-            ops.find(|op| refers_to_living(op, runner))
-        })?;
-        cut_everywhere(&history, &depth, &totals)
+        // On a file that the first one removed the second is no operation.
+        let script = Script {
+            geometry: TINY,
+            seed,
+            ignore_sync: false,
+            ops: ops.into_iter().map(|op| Planned { op, next: 0 }).collect(),
+        };
+        let result = crash_everywhere(&script, &depth, &totals);
+        result.map_err(|violation| report(&script, violation, &depth))
     });
-    totals.report("pairs of operations");
-    assert_none("every_two_operations", &failures);
+    totals.report(&format!("sequences of {len} operations"));
+    assert_none(test, &failures);
 }
 
-/// True if all files that the operation names still exist.
-fn refers_to_living(op: &Op, runner: &common::history::Runner) -> bool {
-    let lives = |id: &usize| runner.model.nodes.contains_key(id);
-    match op {
-        Op::Write(id, ..) | Op::Truncate(id, _) | Op::Punch(id, ..) | Op::Link(id, ..) => lives(id),
-        Op::CloneFile(src, dst) | Op::CloneRange((src, _), (dst, _), _) => lives(src) && lives(dst),
-        _ => true,
-    }
+#[test]
+fn every_two_operations_survive_a_crash_at_every_write() {
+    let count = operations(&mut SplitMix64::new(0)).len() as u64;
+    short_sequences("every_two_operations", &cases(count * count), 2);
+}
+
+#[test]
+fn sampled_three_operations_survive_a_crash_at_every_write() {
+    short_sequences("sampled_three_operations", &seeds(500), 3);
 }
 
 #[test]

@@ -2,16 +2,17 @@
 
 mod common;
 
-use std::sync::Arc;
+use std::io;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::mpsc;
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use common::crash::{TINY, check, new_pool};
 use common::history::open;
 
 use nodupe::device::{BlockDevice, Fault, FaultOp, Repeat, SimDevice};
-use nodupe::engine::{FileKind, NewNode, Pool, XattrMode};
+use nodupe::engine::{FileKind, NewNode, OpenOptions, Pool, XattrMode};
 use nodupe::error::Kind;
 use nodupe::ondisk::superblock::HEAD_BLOCKS;
 use nodupe::units::{Ino, Time};
@@ -155,5 +156,119 @@ fn a_split_run_of_references_keeps_its_bitmap_right() {
         let image: SimDevice = device.crash_none();
         assert_eq!(image.len(), TINY.pool_size);
         check(&image, "in the middle").unwrap_or_else(|error| panic!("round {round}: {error}"));
+    }
+}
+
+/// A device that does something once, just before a superblock is written.
+struct Hooked {
+    sim: Arc<SimDevice>,
+    hook: Mutex<Option<Box<dyn FnOnce() + Send>>>,
+}
+
+impl std::fmt::Debug for Hooked {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("Hooked")
+    }
+}
+
+impl BlockDevice for Hooked {
+    fn len(&self) -> u64 {
+        self.sim.len()
+    }
+
+    fn read_at(&self, addr: u64, buf: &mut [u8]) -> io::Result<()> {
+        self.sim.read_at(addr, buf)
+    }
+
+    fn write_at(&self, addr: u64, data: &[u8]) -> io::Result<()> {
+        if addr < 2 * 4096 {
+            let hook = self.hook.lock().expect("nobody panics inside").take();
+            if let Some(hook) = hook {
+                hook();
+            }
+        }
+        self.sim.write_at(addr, data)
+    }
+
+    fn sync(&self) -> io::Result<()> {
+        self.sim.sync()
+    }
+
+    fn discard(&self, addr: u64, len: u64) -> io::Result<()> {
+        self.sim.discard(addr, len)
+    }
+}
+
+/// What round `round` writes: with the head of its batch 16 blocks of the journal.
+fn piece(round: usize) -> Vec<u8> {
+    vec![round as u8 + 1; 15 * 4096]
+}
+
+/// Writes and syncs pieces until all are done, counting those that are durable.
+fn write_and_sync(pool: &Pool, ino: Ino, count: usize, durable: &AtomicUsize) {
+    for round in 0..count {
+        let data = piece(round);
+        let offset = (round * data.len()) as u64;
+        pool.write(ino, offset, &data, Time::default())
+            .and_then(|()| pool.sync())
+            .expect("the device is sound");
+        durable.store(round + 1, Ordering::SeqCst);
+    }
+}
+
+#[test]
+fn the_journal_is_kept_until_the_superblock_is_written() {
+    // Syncs go on while a checkpoint is written. They must not overwrite what the superblock that
+    // still counts needs for its replay: the ring has 256 blocks, and a
+    // write waits for a checkpoint when half of them are used.
+    const BEFORE: usize = 9;
+    const MEANWHILE: usize = 12;
+    let (sim, pool) = new_pool(&TINY, 5).expect("a pool is made");
+    pool.close().expect("the device is sound");
+    drop(pool);
+    let device = Arc::new(Hooked {
+        sim: Arc::clone(&sim),
+        hook: Mutex::new(None),
+    });
+    let options = OpenOptions {
+        read_only: false,
+        cache_size: TINY.cache_size,
+    };
+    let pool = Pool::open(device.clone(), None, &options).expect("the pool is sound");
+    let (old, new) = (create(&pool, "old"), create(&pool, "new"));
+    pool.checkpoint().expect("the device is sound");
+    write_and_sync(&pool, old, BEFORE, &AtomicUsize::new(0));
+
+    let durable = Arc::new(AtomicUsize::new(0));
+    let (sender, receiver) = mpsc::channel();
+    let (worker, counter) = (Arc::clone(&pool), Arc::clone(&durable));
+    *device.hook.lock().expect("nobody panics inside") = Some(Box::new(move || {
+        let written = Arc::clone(&counter);
+        let writer = std::thread::spawn(move || write_and_sync(&worker, new, MEANWHILE, &written));
+        // It ends, or waits for this checkpoint because the ring is full.
+        let mut seen = usize::MAX;
+        while seen != counter.load(Ordering::SeqCst) && seen != MEANWHILE {
+            seen = counter.load(Ordering::SeqCst);
+            std::thread::sleep(Duration::from_millis(300));
+        }
+        let promised = counter.load(Ordering::SeqCst);
+        sender
+            .send((promised, sim.crash_all(), writer))
+            .expect("the test waits");
+    }));
+    pool.checkpoint().expect("the device is sound");
+    let (promised, image, writer) = receiver.recv().expect("a superblock was written");
+    writer.join().expect("there is room behind the checkpoint");
+    pool.close().expect("the device is sound");
+
+    let pool = open(&Arc::new(image), TINY.cache_size).expect("a crash leaves a sound pool");
+    for (ino, count) in [(old, BEFORE), (new, promised)] {
+        for round in 0..count {
+            let (mut found, wanted) = (Vec::new(), piece(round));
+            let offset = (round * wanted.len()) as u64;
+            pool.read(ino, offset, wanted.len(), &mut found)
+                .expect("the device is sound");
+            assert!(found == wanted, "round {round} of {ino:?} is lost");
+        }
     }
 }

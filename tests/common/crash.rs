@@ -6,7 +6,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 
 use nodupe::device::{SimDevice, SimTrace, SplitMix64};
-use nodupe::engine::{FileKind, Pool};
+use nodupe::engine::{FileKind, Finding, Pool};
 
 use super::generate::{Limits, next_op, random_bytes};
 use super::history::{History, Op, Runner, Step, create_options, open};
@@ -88,6 +88,7 @@ pub(crate) fn record(
     device.record();
     device.ignore_sync(ignore_sync);
     let mut runner = Runner::new(pool);
+    runner.home = Some((device.clone(), geometry.cache_size));
     let mut steps = vec![Step::new(&runner.model, "start".into(), true, 0..0)];
     while let Some(op) = next(&mut runner) {
         let begin = device.recorded();
@@ -155,8 +156,38 @@ pub(crate) struct Depth {
     pub(crate) continue_every: u64,
 }
 
+/// A crash after which something promised was not so.
+#[derive(Clone, Debug)]
+pub(crate) struct Violation {
+    /// Device events before the crash; `None`: it was no crash that showed it.
+    pub(crate) position: Option<usize>,
+    /// The operation under way, or the last one, by its step.
+    pub(crate) step: Option<usize>,
+    pub(crate) error: String,
+}
+
+impl Violation {
+    /// Seen without a crash.
+    pub(crate) fn plain(error: String) -> Self {
+        Self {
+            position: None,
+            step: None,
+            error,
+        }
+    }
+}
+
 /// Cuts a history at each of its writes.
 pub(crate) fn cut_everywhere(history: &History, depth: &Depth, totals: &Totals) -> Verdict {
+    cut(history, depth, totals).map_err(|violation| violation.error)
+}
+
+/// As [`cut_everywhere`]; says where.
+pub(crate) fn cut(
+    history: &History,
+    depth: &Depth,
+    totals: &Totals,
+) -> std::result::Result<(), Violation> {
     let mut rng = SplitMix64::new(history.seed ^ 0x005e_ed0f_c0ff_ee00);
     let mut replay = history.trace.replay();
     totals
@@ -173,17 +204,25 @@ pub(crate) fn cut_everywhere(history: &History, depth: &Depth, totals: &Totals) 
         }
         for _ in 0..depth.images {
             let seed = rng.next();
-            let image = match seed % 16 {
-                0 => replay.crash_none(),
-                1 => replay.crash_all(),
-                _ => replay.crash(seed),
+            let (image, which) = match seed % 16 {
+                0 => (replay.crash_none(), "none of what was not synced is there"),
+                1 => (replay.crash_all(), "all that was written is there"),
+                _ => (replay.crash(seed), "some of what was not synced is there"),
             };
             count(&totals.crashes);
             survive(history, position, &image, seed, depth, totals).map_err(|error| {
-                format!(
-                    "SEED={} cut behind event {position}, image {seed:#x}: {error}",
-                    history.seed
-                )
+                let step = *history.allowed(position).end();
+                Violation {
+                    position: Some(position),
+                    step: Some(step),
+                    error: format!(
+                        "crash behind event {position} of {} ({}), in step {}; {which} (image \
+                         {seed:#x}): {error}",
+                        history.trace.len(),
+                        replay.describe(),
+                        history.steps[step].text.trim(),
+                    ),
+                }
             })?;
         }
     }
@@ -200,7 +239,10 @@ fn survive(
     totals: &Totals,
 ) -> Verdict {
     let allowed = history.allowed(position);
-    check(image, "before recovery")?;
+    // Between two checkpoints the structures on the device are the same.
+    if (seed >> 40).is_multiple_of(4) {
+        check(image, "before recovery")?;
+    }
     let device = Arc::new(image.fork(seed));
     let wants_second = (seed >> 8).is_multiple_of(depth.second_every);
     if wants_second {
@@ -215,12 +257,17 @@ fn survive(
         count(&totals.continued);
         return go_on(history, found, &device, pool, seed);
     }
-    pool.close().map_err(|error| format!("close: {error}"))?;
+    // Opening ends with a checkpoint, so that there is something to check without a close as well.
+    // The data was read, and compared with its checksums, a moment ago.
+    check_metadata(&device, "after recovery")?;
+    if wants_second || (seed >> 44).is_multiple_of(4) {
+        pool.close().map_err(|error| format!("close: {error}"))?;
+        check(&device, "after recovery and close")?;
+    }
     drop(pool);
-    check(&device, "after recovery")?;
     if wants_second {
         let trace = device.take_trace();
-        cut_recovery(history, found, &trace, seed, totals)?;
+        cut_recovery(history, found, &trace, seed, totals, 2)?;
         let pool = open(&device, history.cache_size).map_err(|error| format!("reopen: {error}"))?;
         identify(history, &pool, found..=found).map_err(|error| format!("reopened: {error}"))?;
     }
@@ -228,13 +275,14 @@ fn survive(
 }
 
 /// Cuts a recovery and the close behind it, at a few of its writes: the state that it found first
-/// must be found again.
+/// must be found again. `deeper` times more, the recovery from that is cut as well.
 fn cut_recovery(
     history: &History,
     found: usize,
     trace: &SimTrace,
     seed: u64,
     totals: &Totals,
+    deeper: u32,
 ) -> Verdict {
     let mut rng = SplitMix64::new(seed ^ 0x2ec0);
     let stride = trace.len().div_ceil(6).max(1);
@@ -251,12 +299,20 @@ fn cut_recovery(
         let device = Arc::new(replay.crash(rng.next()));
         let context = |error| format!("crash in recovery behind event {position}: {error}");
         check(&device, "before second recovery").map_err(context)?;
+        let again = deeper > 0 && rng.chance(20);
+        if again {
+            device.record();
+        }
         let pool =
             open(&device, history.cache_size).map_err(|error| context(format!("open: {error}")))?;
         identify(history, &pool, found..=found).map_err(context)?;
         pool.close()
             .map_err(|error| context(format!("close: {error}")))?;
         check(&device, "after second recovery").map_err(context)?;
+        if again {
+            let (trace, seed) = (device.take_trace(), rng.next());
+            cut_recovery(history, found, &trace, seed, totals, deeper - 1).map_err(context)?;
+        }
     }
     Ok(())
 }
@@ -338,9 +394,25 @@ pub(crate) fn identify(
 
 /// `check` finds nothing, and writes nothing.
 pub(crate) fn check(device: &SimDevice, when: &str) -> Verdict {
+    check_with(device, when, |device| {
+        Pool::check(device, None, &mut |_, _| {})
+    })
+}
+
+/// As [`check`], of all but the data.
+fn check_metadata(device: &SimDevice, when: &str) -> Verdict {
+    check_with(device, when, |device| {
+        Pool::check_metadata(device, &mut |_, _| {})
+    })
+}
+
+fn check_with(
+    device: &SimDevice,
+    when: &str,
+    check: impl Fn(&SimDevice) -> nodupe::error::Result<Vec<Finding>>,
+) -> Verdict {
     let before = device.counts();
-    let findings = Pool::check(device, None, &mut |_, _| {})
-        .map_err(|error| format!("check {when}: {error}"))?;
+    let findings = check(device).map_err(|error| format!("check {when}: {error}"))?;
     let after = device.counts();
     if (before.writes, before.discards) != (after.writes, after.discards) {
         return Err(format!("check {when} wrote to the device"));
@@ -356,17 +428,45 @@ pub(crate) fn check(device: &SimDevice, when: &str) -> Verdict {
     Err(format!("check {when} found:\n{}", lines.join("\n")))
 }
 
-/// The seeds to run: `SEED=n` one, `SEEDS=n` so many, else `default`.
+/// The seeds to run: `SEED=n` one, `SEEDS=n` so many fresh ones, else `default` fresh ones. Fresh
+/// ones are others in each run, and a failure prints the one that failed.
 pub(crate) fn seeds(default: u64) -> Vec<u64> {
-    let get = |name| {
-        let value = std::env::var(name).ok()?;
-        let number = value.parse::<u64>();
-        Some(number.unwrap_or_else(|error| panic!("{name}={value}: {error}")))
-    };
-    match get("SEED") {
+    match environment("SEED") {
         Some(seed) => vec![seed],
-        None => (1..=get("SEEDS").unwrap_or(default)).collect(),
+        None => {
+            let count = environment("SEEDS").unwrap_or(default);
+            let mut rng = SplitMix64::new(first_seed());
+            (0..count).map(|_| rng.next() >> 16).collect()
+        }
     }
+}
+
+/// All of `count` numbered cases, or with `SEED=n` that one.
+pub(crate) fn cases(count: u64) -> Vec<u64> {
+    match environment("SEED") {
+        Some(seed) => vec![seed],
+        None => (0..count).collect(),
+    }
+}
+
+fn environment(name: &str) -> Option<u64> {
+    let value = std::env::var(name).ok()?;
+    let number = value.parse::<u64>();
+    Some(number.unwrap_or_else(|error| panic!("{name}={value}: {error}")))
+}
+
+/// What the fresh seeds of this process follow from: the clock, or `FIRST_SEED=n` for the same ones
+/// again. Printed once.
+pub(crate) fn first_seed() -> u64 {
+    static FIRST: std::sync::OnceLock<u64> = std::sync::OnceLock::new();
+    *FIRST.get_or_init(|| {
+        let first = environment("FIRST_SEED").unwrap_or_else(|| {
+            let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH);
+            now.map_or(1, |now| now.as_nanos() as u64) >> 10
+        });
+        eprintln!("fresh seeds: FIRST_SEED={first} gives the same ones again");
+        first
+    })
 }
 
 /// Runs `test` for each seed, on as many threads as there are processors; returns the failures, at

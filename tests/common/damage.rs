@@ -4,7 +4,7 @@
 use std::collections::BTreeSet;
 use std::sync::Arc;
 
-use nodupe::device::{BlockDevice, SimDevice};
+use nodupe::device::SimDevice;
 use nodupe::engine::{FileKind, Pool};
 use nodupe::error::Kind;
 use nodupe::units::Ino;
@@ -131,16 +131,7 @@ fn look_at_file(pool: &Pool, content: &Content, ino: Ino, what: &str, look: &mut
 
 /// Addresses of the blocks that are not zeros.
 pub(crate) fn used_blocks(device: &SimDevice) -> Vec<u64> {
-    let mut block = vec![0; PAGE];
-    let mut used = Vec::new();
-    for addr in (0..device.len()).step_by(PAGE) {
-        let read = device.read_at(addr, &mut block);
-        assert!(read.is_ok(), "a sound device reads");
-        if block.iter().any(|byte| *byte != 0) {
-            used.push(addr);
-        }
-    }
-    used
+    device.used()
 }
 
 /// What the pool shows must be one of the states of `models`, the newest last, and for the rest

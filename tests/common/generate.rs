@@ -211,6 +211,7 @@ fn write(rng: &mut SplitMix64, model: &Model, limits: &Limits) -> Option<Op> {
         14..17 => (rng.below(16) + 16) * 4 * KIB,
         _ => (rng.below(8) + 1) * 4 * KIB,
     };
+    let len = len.min(limits.file_max);
     if len >= 64 * KIB {
         // A large write happens wholly or not at all only if it begins on a block border.
         offset = offset / 4096 * 4096;
@@ -255,7 +256,8 @@ fn clone(rng: &mut SplitMix64, model: &Model, limits: &Limits) -> Option<Op> {
         return Some(match rng.below(4) {
             0 => Op::EndClone(dst),
             1 => Op::ExtendClone(dst, end),
-            _ => Op::ExtendClone(dst, shown + rng.below(end - shown + 1)),
+            2 => Op::ExtendClone(dst, shown + rng.below(end - shown + 1)),
+            _ => Op::ExtendClone(dst, shown + rng.below(end - shown + 1) / 4096 * 4096),
         });
     }
     let all = files(model);
@@ -294,7 +296,9 @@ fn clone(rng: &mut SplitMix64, model: &Model, limits: &Limits) -> Option<Op> {
         _ => {
             let is_empty = |id: &Id| model.node(*id).content.size() == 0 && *id != src;
             let empty: Vec<Id> = all.iter().copied().filter(is_empty).collect();
-            let size = rng.below(from.size() + 1);
+            // Only whole blocks begin a clone in pieces.
+            let unit = if rng.chance(80) { 4096 } else { 1 };
+            let size = rng.below(from.size() + 1) / unit * unit;
             let dst = pick(rng, &empty)?;
             (from.size() > 0).then_some(Op::BeginClone(src, dst, size))
         }

@@ -40,18 +40,25 @@ pub(crate) enum Op {
     ExtendClone(Id, u64),
     EndClone(Id),
     CloneTree(Id, Id, Vec<Vec<u8>>),
+    /// As with O_DSYNC: the write, and it lasts.
+    WriteSync(Id, u64, Vec<u8>),
+    /// Asks for the next data and the next hole.
+    Seek(Id, u64),
     Sync,
     Checkpoint,
+    /// Closes the pool and opens it again.
+    Reopen,
 }
 
 impl Op {
     /// The operation in one line, bytes as their number.
     pub(crate) fn text(&self) -> String {
         match self {
-            Op::Write(id, offset, data) => {
+            Op::Write(id, offset, data) | Op::WriteSync(id, offset, data) => {
                 let zero = data.iter().all(|byte| *byte == 0);
                 let what = if zero { "zeros" } else { "bytes" };
-                format!("Write({id}, {offset}, {} {what})", data.len())
+                let sync = if self.is_durable() { "Sync" } else { "" };
+                format!("Write{sync}({id}, {offset}, {} {what})", data.len())
             }
             Op::Create(dir, name, kind, _) => format!("Create({dir}, {}, {kind:?})", show(name)),
             Op::Link(id, dir, name) => format!("Link({id}, {dir}, {})", show(name)),
@@ -82,7 +89,10 @@ impl Op {
 
     /// True if nothing before it can be lost any more once it said yes.
     pub(crate) fn is_durable(&self) -> bool {
-        matches!(self, Op::Sync | Op::Checkpoint)
+        matches!(
+            self,
+            Op::Sync | Op::Checkpoint | Op::WriteSync(..) | Op::Reopen
+        )
     }
 }
 
@@ -94,6 +104,10 @@ pub(crate) struct Runner {
     inos: BTreeMap<Id, Ino>,
     /// A clock that moves with each operation.
     ticks: i64,
+    /// Clones in pieces before the present operation.
+    pinned: Vec<Id>,
+    /// What [`Op::Reopen`] opens, and with how much cache.
+    pub(crate) home: Option<(Arc<SimDevice>, u64)>,
 }
 
 /// Options of pools in tests: everything follows from `seed`.
@@ -124,6 +138,8 @@ impl Runner {
             model: Model::new(OWNER.0, OWNER.1),
             inos: BTreeMap::from([(ROOT, Ino::ROOT)]),
             ticks: 0,
+            pinned: Vec::new(),
+            home: None,
         }
     }
 
@@ -153,6 +169,7 @@ impl Runner {
     /// the engine alone is the outer error, and the model is as before.
     pub(crate) fn run(&mut self, op: &Op) -> Result<bool> {
         let before = self.model.clone();
+        self.pinned = before.pinned().map(|(id, _)| id).collect();
         let expected = apply(&mut self.model, op);
         let result = self.act(op);
         match (expected, result) {
@@ -226,8 +243,13 @@ impl Runner {
             Op::CloneTree(src, dir, names) => {
                 pool.clone_tree(self.ino(*src), self.ino(*dir), names, Some(OWNER), now)?;
             }
+            Op::WriteSync(id, offset, data) => {
+                pool.write(self.ino(*id), *offset, data, now)?;
+                pool.sync()?;
+            }
             Op::Sync => pool.sync()?,
             Op::Checkpoint => pool.checkpoint()?,
+            Op::Reopen => self.reopen()?,
             contents => self.act_on_contents(contents, now)?,
         }
         Ok(())
@@ -253,11 +275,61 @@ impl Runner {
             }
             Op::ExtendClone(dst, size) => {
                 let extended = pool.extend_clone(self.ino(*dst), *size, now)?;
-                let is_pinned = self.model.pinned().any(|(id, _)| id == *dst);
-                assert_eq!(extended, is_pinned, "extend_clone of {dst}");
+                let was_pinned = self.pinned.contains(dst);
+                assert_eq!(extended, was_pinned, "extend_clone of {dst}");
             }
             Op::EndClone(dst) => pool.end_clone(self.ino(*dst))?,
+            Op::Seek(id, offset) => self.seek(*id, *offset)?,
             other => unreachable!("{other:?} is not about contents"),
+        }
+        Ok(())
+    }
+
+    fn reopen(&mut self) -> Result<()> {
+        let Some((device, cache_size)) = self.home.clone() else {
+            return self.pool.sync();
+        };
+        self.pool.close()?;
+        self.pool = open(&device, cache_size)?;
+        Ok(())
+    }
+
+    /// What is called a hole must read as zeros; small holes may be called data.
+    fn seek(&self, id: Id, offset: u64) -> Result<()> {
+        const P: u64 = PAGE as u64;
+        let content = &self.model.node(id).content;
+        let found = |result: Result<u64>| match result {
+            Err(error) if error.kind() == Kind::NoSuchOffset => Ok(None),
+            other => other.map(Some),
+        };
+        let data = found(self.pool.seek_data(self.ino(id), offset))?;
+        let hole = found(self.pool.seek_hole(self.ino(id), offset))?;
+        let is_zero = |from: u64, to: u64| {
+            let mut pages = content.data_pages();
+            !pages.any(|page| page >= from / P && page < to.div_ceil(P))
+        };
+        if offset >= content.size() {
+            assert_eq!((data, hole), (None, None), "seek behind the end of {id}");
+            return Ok(());
+        }
+        let end = content.size();
+        let (data, hole) = (data.unwrap_or(end), hole.unwrap_or(end));
+        assert!(data >= offset && data <= end && hole >= offset && hole <= end);
+        assert!(
+            data < end || hole == offset,
+            "neither data nor hole in {id}"
+        );
+        if data > offset {
+            assert!(
+                is_zero(offset, data),
+                "data of {id} behind {offset} is called a hole"
+            );
+        }
+        if hole < end {
+            assert!(
+                is_zero(hole, hole + 1),
+                "data of {id} at {hole} is called a hole"
+            );
         }
         Ok(())
     }
@@ -353,7 +425,9 @@ pub(crate) fn apply(model: &mut Model, op: &Op) -> std::result::Result<(), Kind>
         Op::SetAttr(id, set) => model.set_attr(*id, set),
         Op::SetXattr(id, name, value, mode) => model.set_xattr(*id, name, value, *mode)?,
         Op::RemoveXattr(id, name) => model.remove_xattr(*id, name)?,
-        Op::Write(id, offset, data) => model.write(*id, *offset, data),
+        Op::Write(id, offset, data) | Op::WriteSync(id, offset, data) => {
+            model.write(*id, *offset, data);
+        }
         Op::Truncate(id, size) => model.truncate(*id, *size),
         Op::Punch(id, offset, len) => model.punch(*id, *offset, *len),
         Op::CloneFile(src, dst) => model.clone_file(*src, *dst),
@@ -366,7 +440,8 @@ pub(crate) fn apply(model: &mut Model, op: &Op) -> std::result::Result<(), Kind>
         }
         Op::EndClone(dst) => model.end_clone(*dst),
         Op::CloneTree(src, dir, names) => model.clone_tree(*src, *dir, names, Some(OWNER))?,
-        Op::Sync | Op::Checkpoint => {}
+        Op::Sync | Op::Checkpoint | Op::Seek(..) => {}
+        Op::Reopen => model.forget_unnamed(),
     }
     Ok(())
 }

@@ -85,6 +85,17 @@ impl Model {
         }
     }
 
+    /// The number that the next node gets.
+    pub(crate) fn next_id(&self) -> Id {
+        self.next
+    }
+
+    /// Lets the next node have at least this number, so that a history from which operations were
+    /// removed still names the same nodes.
+    pub(crate) fn skip_to(&mut self, id: Id) {
+        self.next = self.next.max(id);
+    }
+
     pub(crate) fn node(&self, id: Id) -> &Node {
         &self.nodes[&id]
     }
@@ -132,6 +143,9 @@ impl Model {
     pub(crate) fn link(&mut self, id: Id, dir: Id, name: &[u8]) -> Outcome<()> {
         if self.node(id).is_dir() {
             return Err(Kind::NotPermitted);
+        }
+        if self.node(id).nlink == 0 {
+            return Err(Kind::NotFound); // nothing brings back a file whose last name is gone
         }
         if self.lookup(dir, name).is_ok() {
             return Err(Kind::Exists);
