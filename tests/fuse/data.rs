@@ -7,7 +7,7 @@ use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use crate::fixture::{Mounted, noise};
-use crate::sys::{self, Mapping};
+use crate::sys::{self, Aio, Mapping};
 
 const BLOCK: usize = 4096;
 
@@ -304,9 +304,12 @@ fn holes_are_found() {
             file.sync_all().unwrap();
             mounted.pool().checkpoint().unwrap();
         }
-        // Data may be told to be more than there is, never less.
-        let data = sys::seek(&file, 0, libc::SEEK_DATA).unwrap();
-        assert!(data <= 16 * mib, "data at {data}");
+        // Where data begins is told exactly, from anywhere in the hole before it; a small hole behind
+        // it may be told to be data.
+        for from in [0, 8 * mib, 16 * mib - 40 * 1024, 16 * mib - 1, 16 * mib] {
+            let data = sys::seek(&file, from, libc::SEEK_DATA).unwrap();
+            assert_eq!(data, 16 * mib, "data behind {from}");
+        }
         let hole = sys::seek(&file, 16 * mib, libc::SEEK_HOLE).unwrap();
         assert!(hole >= 16 * mib + 4 * BLOCK as u64, "hole at {hole}");
         let end = sys::seek(&file, 64 * mib, libc::SEEK_DATA).unwrap_err();
@@ -318,6 +321,50 @@ fn holes_are_found() {
     assert_eq!(read.iter().filter(|&&byte| byte != 0).count(), {
         noise(8, 4 * BLOCK).iter().filter(|&&b| b != 0).count()
     });
+}
+
+/// A read into the page cache that was under way during a direct write must not leave the old
+/// block there: whoever reads by the page cache afterwards sees what was written.
+#[test]
+fn a_direct_write_leaves_no_stale_page_behind() {
+    let Some(mounted) = Mounted::new() else {
+        return;
+    };
+    let path = mounted.path("image");
+    let writer = direct(&path);
+    // A write that takes the daemon a while, and readers of single pages of it.
+    const BYTES: usize = 1024 * 1024;
+    let pages = [0, BYTES / 2, BYTES - BLOCK];
+    writer.write_all_at(&vec![0; BYTES], 0).unwrap();
+    let aio = Aio::new();
+    let stop = AtomicBool::new(false);
+    let stale = std::thread::scope(|scope| {
+        for page in pages {
+            let (path, stop) = (&path, &stop);
+            scope.spawn(move || {
+                let mut block = [0; BLOCK];
+                while !stop.load(Ordering::Relaxed) {
+                    let reader = File::open(path).unwrap();
+                    reader.read_exact_at(&mut block, page as u64).unwrap();
+                }
+            });
+        }
+        let reader = File::open(&path).unwrap();
+        let mut block = [0; BLOCK];
+        let mut stale = 0;
+        for round in 1..=250u8 {
+            // After a synchronous write the kernel asks for the times of the file, and drops all
+            // pages when they have changed; after an asynchronous one it trusts them for a while.
+            aio.write(&writer, &vec![round; BYTES], 0);
+            for page in pages {
+                reader.read_exact_at(&mut block, page as u64).unwrap();
+                stale += u32::from(block[0] != round);
+            }
+        }
+        stop.store(true, Ordering::Relaxed);
+        stale
+    });
+    assert_eq!(stale, 0, "reads that saw old blocks");
 }
 
 #[test]

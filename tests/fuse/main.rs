@@ -9,9 +9,14 @@ mod control;
 mod copy;
 mod data;
 mod fixture;
+#[allow(dead_code)]
+#[path = "../../fuzz/src/lib.rs"]
+mod fuzz;
+mod hostile;
 mod mounting;
 mod names;
 mod permissions;
+mod scrub;
 mod space;
 mod sys;
 mod xattrs;

@@ -3,12 +3,17 @@
 use std::collections::BTreeSet;
 use std::ffi::OsStr;
 use std::fs::{self, File};
-use std::io::{ErrorKind, Read, Write};
+use std::io::{self, ErrorKind, Read, Write};
+use std::os::fd::AsFd;
 use std::os::unix::ffi::OsStrExt;
-use std::os::unix::fs::{FileTypeExt, MetadataExt, PermissionsExt, symlink};
+use std::os::unix::fs::{FileExt, FileTypeExt, MetadataExt, PermissionsExt, symlink};
 use std::os::unix::net::UnixListener;
-use std::path::Path;
+use std::path::{Path, PathBuf};
+use std::process::Command;
 use std::time::{Duration, UNIX_EPOCH};
+
+use nodupe::control::{Request, Response, call};
+use nodupe::error::Kind;
 
 use crate::fixture::{Mounted, noise};
 use crate::sys;
@@ -270,4 +275,256 @@ fn a_read_only_mount_changes_nothing() {
     assert_eq!(fs::read_dir(mounted.root()).unwrap().count(), 0);
     // There is nothing to make durable, so that succeeds.
     File::open(mounted.root()).unwrap().sync_all().unwrap();
+}
+
+fn errno<T>(result: io::Result<T>) -> Option<i32> {
+    result.err().and_then(|error| error.raw_os_error())
+}
+
+/// Components of 255 bytes, and a path as long as the kernel takes them: 4095 bytes and a NUL.
+#[test]
+fn paths_are_as_long_as_the_kernel_takes_them() {
+    let Some(mounted) = Mounted::new() else {
+        return;
+    };
+    let mut path = mounted.root();
+    while path.as_os_str().len() + 256 < 4000 {
+        path.push("d".repeat(255));
+    }
+    fs::create_dir_all(&path).unwrap();
+    let left = 4095 - path.as_os_str().len() - 1;
+    let longest = path.join("f".repeat(left));
+    fs::write(&longest, "deep").unwrap();
+    assert_eq!(longest.as_os_str().len(), 4095);
+    assert_eq!(read(&longest), "deep");
+    let longer = path.join("f".repeat(left + 1));
+    assert_eq!(errno(fs::write(&longer, "")), Some(libc::ENAMETOOLONG));
+    for name in ["n".repeat(256), "n".repeat(1000)] {
+        let path = mounted.path(&name);
+        let too_long = Some(libc::ENAMETOOLONG);
+        assert_eq!(errno(fs::metadata(&path)), too_long);
+        assert_eq!(errno(fs::create_dir(&path)), too_long);
+        assert_eq!(errno(symlink("x", &path)), too_long);
+        fs::write(mounted.path("file"), "").unwrap();
+        assert_eq!(errno(fs::rename(mounted.path("file"), &path)), too_long);
+        assert_eq!(errno(fs::hard_link(mounted.path("file"), &path)), too_long);
+    }
+}
+
+/// Every byte but '/' and NUL is a byte of a name, and comes back as it was.
+#[test]
+fn names_are_bytes() {
+    let Some(mounted) = Mounted::new() else {
+        return;
+    };
+    let mut names: Vec<Vec<u8>> = (1..=255_u8)
+        .filter(|byte| *byte != b'/' && *byte != b'.')
+        .map(|byte| vec![byte])
+        .collect();
+    names.extend([
+        b"...".to_vec(),
+        b"-rf".to_vec(),
+        b"\x1b[31mred".to_vec(),
+        b"caf\xc3\xa9".to_vec(),
+        b"cafe\xcc\x81".to_vec(), // the same to an eye
+        b"\xed\xa0\x80".to_vec(), // half of a pair
+        "\u{202e}gpj.exe".into(),
+    ]);
+    for name in &names {
+        write(&mounted.root().join(OsStr::from_bytes(name)), "x");
+    }
+    let mounted = mounted.remount();
+    let listed: BTreeSet<Vec<u8>> = fs::read_dir(mounted.root())
+        .unwrap()
+        .map(|entry| entry.unwrap().file_name().as_bytes().to_vec())
+        .collect();
+    assert_eq!(listed, names.into_iter().collect());
+}
+
+/// A chain of directories deeper than any path: made by moving chains into each other.
+#[test]
+fn directories_nest_deeper_than_paths_reach() {
+    let Some(mounted) = Mounted::new() else {
+        return;
+    };
+    const LEVELS: usize = 1500;
+    let deep = |top: &str| -> (PathBuf, PathBuf) {
+        let top = mounted.path(top);
+        let mut path = top.clone();
+        for _ in 0..LEVELS {
+            path.push("d");
+        }
+        fs::create_dir_all(&path).unwrap();
+        (top, path)
+    };
+    // The second chain into the bottom of the first, which then is the bottom of a third...
+    let (inner, _) = deep("a");
+    let (middle, bottom) = deep("b");
+    fs::rename(&inner, bottom.join("x")).unwrap();
+    let (outer, bottom) = deep("c");
+    fs::rename(&middle, bottom.join("x")).unwrap();
+    assert_eq!(errno(fs::metadata(bottom.join("x"))), None);
+    // A clone of it is refused, and nothing of it made.
+    let token = call(File::open(&outer).unwrap().as_fd(), &Request::Token).unwrap();
+    let Response::Token(source) = token else {
+        panic!("{token:?}");
+    };
+    let clone = Request::Clone {
+        source,
+        name: "copy".into(),
+        count: None,
+        preserve: false,
+    };
+    let error = call(File::open(mounted.root()).unwrap().as_fd(), &clone).unwrap_err();
+    assert_eq!(error.kind(), Kind::TooLarge);
+    assert!(!mounted.path("copy").exists());
+    // Above itself, below itself, at whatever depth: never.
+    let error = fs::rename(&outer, bottom.join("x/y")).unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::InvalidInput);
+    let removed = Command::new("rm").arg("-rf").arg(&outer).output().unwrap();
+    assert!(removed.status.success(), "{removed:?}");
+    assert_eq!(fs::read_dir(mounted.root()).unwrap().count(), 0);
+}
+
+#[test]
+fn a_file_has_65000_names_at_most() {
+    let Some(mounted) = Mounted::new() else {
+        return;
+    };
+    let (pool, file) = (mounted.pool(), mounted.path("file"));
+    write(&file, "x");
+    fs::create_dir(mounted.path("dir")).unwrap();
+    let (ino, dir) = (
+        nodupe::units::Ino(fs::metadata(&file).unwrap().ino()),
+        nodupe::units::Ino(fs::metadata(mounted.path("dir")).unwrap().ino()),
+    );
+    // Behind the kernel's back, where it takes a tenth of the time.
+    for number in 1..65_000 {
+        let name = format!("{number}");
+        pool.link(ino, dir, name.as_bytes(), nodupe::units::Time::now())
+            .unwrap();
+    }
+    let more = fs::hard_link(&file, mounted.path("one more"));
+    assert_eq!(errno(more), Some(libc::EMLINK));
+    fs::remove_file(mounted.path("dir/7")).unwrap();
+    fs::hard_link(&file, mounted.path("one more")).unwrap();
+}
+
+#[test]
+fn targets_and_attributes_have_limits() {
+    let Some(mounted) = Mounted::new() else {
+        return;
+    };
+    let link = |len: usize| symlink("t".repeat(len), mounted.path(&format!("link {len}")));
+    link(4095).unwrap();
+    assert_eq!(errno(link(4096)), Some(libc::ENAMETOOLONG));
+    assert_eq!(errno(link(0)), Some(libc::ENOENT));
+    let file = mounted.path("file");
+    write(&file, "");
+    let name = |len: usize| format!("user.{}", "n".repeat(len - 5));
+    sys::set_xattr(&file, &name(255), b"v", 0).unwrap();
+    let set = sys::set_xattr(&file, &name(256), b"v", 0);
+    assert_eq!(errno(set), Some(libc::ERANGE));
+    let largest = noise(1, 65_536);
+    sys::set_xattr(&file, "user.large", &largest, 0).unwrap();
+    assert!(sys::xattr(&file, "user.large", 65_536).unwrap().1 == largest);
+    let short = sys::xattr(&file, "user.large", 65_535).map(drop);
+    assert_eq!(errno(short), Some(libc::ERANGE));
+    let set = sys::set_xattr(&file, "user.large", &noise(1, 65_537), 0);
+    assert_eq!(errno(set), Some(libc::E2BIG));
+    assert!(sys::set_xattr(&file, "user.", b"v", 0).is_err());
+    assert!(sys::set_xattr(&file, "other.name", b"v", 0).is_err());
+    sys::set_xattr(&file, "user.empty", b"", 0).unwrap();
+    assert_eq!(sys::xattr(&file, "user.empty", 0).unwrap().0, 0);
+}
+
+#[test]
+fn sizes_and_offsets_have_limits() {
+    let Some(mounted) = Mounted::new() else {
+        return;
+    };
+    const MAX: u64 = 1 << 55;
+    const END: u64 = i64::MAX as u64;
+    let path = mounted.path("file");
+    let options = || {
+        File::options()
+            .read(true)
+            .write(true)
+            .create(true)
+            .truncate(false)
+            .clone()
+    };
+    let file = options().open(&path).unwrap();
+    let efbig = Some(libc::EFBIG);
+    file.set_len(MAX).unwrap();
+    file.write_all_at(b"z", MAX - 1).unwrap();
+    let mut byte = [0];
+    file.read_exact_at(&mut byte, MAX - 1).unwrap();
+    assert_eq!(&byte, b"z");
+    for size in [MAX + 1, END - 1, END] {
+        assert_eq!(errno(file.set_len(size)), efbig, "{size}");
+    }
+    for offset in [MAX, MAX + 1, END - 10_000, END - 1] {
+        let written = file.write_at(b"z", offset).map(drop);
+        assert_eq!(errno(written), efbig, "{offset}");
+        assert_eq!(file.read_at(&mut byte, offset).unwrap(), 0, "{offset}");
+        assert_eq!(
+            errno(sys::seek(&file, offset, libc::SEEK_DATA)),
+            Some(libc::ENXIO)
+        );
+        assert_eq!(errno(sys::fallocate(&file, 0, offset, 1)), efbig);
+    }
+    assert_eq!(errno(sys::fallocate(&file, 0, 0, MAX + 1)), efbig);
+    let punch = libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_KEEP_SIZE;
+    sys::fallocate(&file, punch, 0, MAX).unwrap();
+    file.read_exact_at(&mut byte, MAX - 1).unwrap();
+    assert_eq!(byte, [0]);
+    // A copy within a file onto itself, over its end, and from behind it.
+    file.set_len(0).unwrap();
+    file.write_all_at(&noise(3, 65_536), 0).unwrap();
+    for (from, to, len, error) in [
+        (0, 4096, 8192, libc::EINVAL),
+        (4096, 0, 8192, libc::EINVAL),
+        (0, 0, 4096, libc::EINVAL),
+        (0, MAX, 4096, libc::EFBIG),
+        (0, MAX - 1, 4096, libc::EFBIG),
+        (0, END - 1, 4096, libc::EFBIG),
+    ] {
+        let copied = sys::copy_file_range(&file, from, &file, to, len);
+        let found = errno(copied);
+        let overflow = to > MAX && found == Some(libc::EOVERFLOW);
+        assert!(
+            found == Some(error) || overflow,
+            "{from} to {to}: {found:?}"
+        );
+    }
+    assert_eq!(
+        sys::copy_file_range(&file, 65_536, &file, 0, 10).unwrap(),
+        0
+    );
+    assert_eq!(
+        sys::copy_file_range(&file, END - 1, &file, 0, 0).unwrap_or(0),
+        0
+    );
+    let mut now = vec![0; 65_536];
+    file.read_exact_at(&mut now, 0).unwrap();
+    assert!(now == noise(3, 65_536));
+}
+
+#[test]
+fn strange_control_requests_are_refused() {
+    let Some(mounted) = Mounted::new() else {
+        return;
+    };
+    let dir = File::open(mounted.root()).unwrap();
+    let errors = sys::strange_ioctls(&dir);
+    assert_eq!(errors.len(), 5, "{errors:?}");
+    for error in errors {
+        let number = error.raw_os_error().unwrap_or(0);
+        assert!(
+            [libc::EFAULT, libc::ENOTTY, libc::EINVAL].contains(&number),
+            "{error}"
+        );
+    }
+    call(dir.as_fd(), &Request::Info).unwrap();
 }

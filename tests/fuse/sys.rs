@@ -31,15 +31,30 @@ pub(crate) fn gid() -> u32 {
 /// Runs `job` as another user and group, without further groups, on a thread of its own: the
 /// kernel keeps identities per thread.
 pub(crate) fn as_user<T: Send>(uid: u32, gid: u32, job: impl FnOnce() -> T + Send) -> T {
+    as_member(uid, gid, &[], job)
+}
+
+/// As [`as_user`], with further groups.
+pub(crate) fn as_member<T: Send>(
+    uid: u32,
+    gid: u32,
+    groups: &[libc::gid_t],
+    job: impl FnOnce() -> T + Send,
+) -> T {
     thread::scope(|scope| {
         scope
             .spawn(|| {
                 let id = libc::c_long::from(gid);
                 let user = libc::c_long::from(uid);
-                // SAFETY: plain system calls with numbers; they change this thread alone, which
-                // ends with `job`.
+                // SAFETY: system calls with numbers, and a list that outlives the first of them;
+                // they change this thread alone, which ends with `job`.
                 unsafe {
-                    check(libc::syscall(libc::SYS_setgroups, 0, 0)).unwrap();
+                    check(libc::syscall(
+                        libc::SYS_setgroups,
+                        groups.len(),
+                        groups.as_ptr(),
+                    ))
+                    .unwrap();
                     check(libc::syscall(libc::SYS_setresgid, id, id, id)).unwrap();
                     check(libc::syscall(libc::SYS_setresuid, user, user, user)).unwrap();
                 }
@@ -226,6 +241,104 @@ impl FileId {
         })?;
         // SAFETY: a new descriptor that nobody else has.
         Ok(unsafe { File::from_raw_fd(fd.try_into().unwrap()) })
+    }
+}
+
+/// A control request with a payload of the wrong size, no payload at all, or another number.
+pub(crate) fn strange_ioctls(file: &File) -> Vec<io::Error> {
+    let mut small = [0_u8; 64];
+    let numbers: [libc::c_ulong; 5] = [
+        0xe000_4e01,                // the right one, with a bad address
+        0xc000_4e01 | 64 << 16,     // the right letter, a small payload
+        0xe000_4e02,                // an unknown one of the right size
+        0xc000_4e01 | 0x3fff << 16, // the largest payload there can be
+        0x4e01,                     // none
+    ];
+    numbers
+        .into_iter()
+        .filter_map(|number| {
+            let small_fits = number >> 16 & 0x3fff == 64;
+            let address = if small_fits {
+                small.as_mut_ptr()
+            } else {
+                std::ptr::without_provenance_mut(8)
+            };
+            // SAFETY: the kernel checks addresses: it fails with EFAULT for those that are none,
+            // and the only real one holds as many bytes as the number says.
+            let result = unsafe { libc::ioctl(file.as_raw_fd(), number, address) };
+            check(result).err()
+        })
+        .collect()
+}
+
+/// What the kernel takes for one asynchronous request; on little-endian machines.
+#[repr(C)]
+#[derive(Default)]
+struct Iocb {
+    data: u64,
+    key: u32,
+    rw_flags: u32,
+    opcode: u16,
+    priority: i16,
+    file: u32,
+    buffer: u64,
+    bytes: u64,
+    offset: i64,
+    reserved: u64,
+    flags: u32,
+    result_file: u32,
+}
+
+/// Asynchronous writes, as QEMU makes them with `aio=native`.
+pub(crate) struct Aio {
+    context: u64,
+}
+
+impl Aio {
+    pub(crate) fn new() -> Self {
+        let mut context = 0u64;
+        // SAFETY: the kernel writes the number of the new context.
+        check(unsafe { libc::syscall(libc::SYS_io_setup, 1, &raw mut context) }).unwrap();
+        Self { context }
+    }
+
+    /// Writes all of `data` and waits for the end of it.
+    pub(crate) fn write(&self, file: &File, data: &[u8], offset: u64) {
+        let request = Iocb {
+            opcode: 1, // IOCB_CMD_PWRITE
+            file: file.as_raw_fd().cast_unsigned(),
+            buffer: data.as_ptr().addr() as u64,
+            bytes: data.len() as u64,
+            offset: offset.cast_signed(),
+            ..Iocb::default()
+        };
+        let requests = [&raw const request];
+        // SAFETY: one request, which lives as long as the call, and whose data lives until it has
+        // ended, which is waited for.
+        check(unsafe { libc::syscall(libc::SYS_io_submit, self.context, 1, requests.as_ptr()) })
+            .unwrap();
+        let mut event = [0u64; 4];
+        // SAFETY: room for one event.
+        let got = unsafe {
+            let nothing = std::ptr::null::<libc::timespec>();
+            libc::syscall(
+                libc::SYS_io_getevents,
+                self.context,
+                1,
+                1,
+                event.as_mut_ptr(),
+                nothing,
+            )
+        };
+        assert_eq!(check(got).unwrap(), 1);
+        assert_eq!(event[2], data.len() as u64, "what the write returned");
+    }
+}
+
+impl Drop for Aio {
+    fn drop(&mut self) {
+        // SAFETY: ours; nothing is under way.
+        unsafe { libc::syscall(libc::SYS_io_destroy, self.context) };
     }
 }
 
