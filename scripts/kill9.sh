@@ -90,6 +90,11 @@ for round in $(seq "$rounds"); do
     python3 "$here/suites/recorder.py" write "$mnt/recorder$round" "$folder/record.$round" \
         --writers $writers --seed $((seed + round)) &
     recorder=$!
+    # On a busy machine the moment of the kill could come before the first write.
+    for _ in $(seq 600); do
+        [ "$(ls "$mnt/recorder$round" | wc -l)" -lt $writers ] || break
+        sleep 0.1
+    done
     rm -f "$folder/trigger"
     pause=$((500 + RANDOM % 2500))
     (sleep "$((pause / 1000)).$(printf %03d $((pause % 1000)))"; touch "$folder/trigger") &

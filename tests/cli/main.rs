@@ -12,10 +12,15 @@ use std::process::{Command, Output, Stdio};
 use serde_json::Value;
 
 mod bad_input;
+mod check;
+mod device_errors;
 mod mounts;
 mod pools;
+mod scrub;
 
-const VERBS: [&str; 7] = ["create", "mount", "umount", "clone", "df", "info", "check"];
+const VERBS: [&str; 8] = [
+    "create", "mount", "umount", "clone", "df", "info", "check", "scrub",
+];
 
 /// Smallest pool, so that the tests are quick.
 const SIZE: &str = "64M";

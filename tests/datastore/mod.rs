@@ -136,6 +136,17 @@ impl Datastore {
         }
     }
 
+    /// The most memory that the daemon ever had, in bytes.
+    pub(crate) fn peak_memory(&self) -> u64 {
+        let pid = self.daemon.as_ref().expect("mounted").id();
+        let status = fs::read_to_string(format!("/proc/{pid}/status")).expect("a live daemon");
+        let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:"));
+        let kib = line.and_then(|rest| rest.trim().strip_suffix(" kB"));
+        kib.and_then(|kib| kib.trim().parse::<u64>().ok())
+            .expect("a number of KiB")
+            * 1024
+    }
+
     /// Kills the daemon as a crash would. The dead mount stays: [`detach`](Self::detach) it.
     pub(crate) fn kill(&mut self) {
         let mut daemon = self.daemon.take().expect("mounted");
