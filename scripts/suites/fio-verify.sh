@@ -2,7 +2,7 @@
 # fio with a checksum in every block that it writes: what is read must be what was written, at
 # once, without the page cache, by another path, and after a remount.
 #
-# usage: fio-verify.sh DIR [REMOUNT_COMMAND]
+# usage: fio-verify.sh [--ext4 | DIR [REMOUNT_COMMAND]]
 #   FIO_SIZE   size of each file (default: 96M)
 # REMOUNT_COMMAND unmounts DIR and mounts it again. Crashes are the business of kill9.sh.
 set -u
@@ -50,14 +50,15 @@ if (cd "$work" && fio --name=punch --filename=punched --size=16M --rw=randtrim -
     sync "$work/punched" && cmp -s -n $((16 << 20)) "$work/punched" /dev/zero && [ "$(stat -c %s "$work/punched")" = $((16 << 20)) ]
 then ok punched; else tail -2 "$log" | cut -c1-300; bad punched; fi
 
-if [ -n "${2:-}" ]; then
+remount=${2:-$remount}
+if [ -n "$remount" ]; then
     cd / || exit
-    if bash -c "$2" >"$log" 2>&1; then
+    if bash -c "$remount" >"$log" 2>&1; then
         job buffered-remounted "${buffered[@]}" --verify_only
         job direct-remounted "${direct[@]}" --verify_only
         job io_uring-remounted "${uring[@]}" --verify_only
         job mapped-remounted "${mapped[@]}" --verify_only
-    else tail -5 "$log"; bad remount "$2"; fi
+    else tail -5 "$log"; bad remount "$remount"; fi
 else
     skip
 fi

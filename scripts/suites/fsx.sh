@@ -1,9 +1,10 @@
 #!/bin/bash
 # Random operations on one file, compared with a model in memory: the test program fsx.
 #
-# usage: fsx.sh DIR
+# usage: fsx.sh [--ext4 | DIR]
 #   FSX_SEEDS   seeds to run (default: 1 2 3 4)
 #   FSX_OPS     operations of each run (default: 6000)
+#   FSX_HOURS   runs new seeds until so many hours are over, instead
 # Four mixes: every operation at any offset; what a guest's disk sees; mapped memory against
 # write and truncate; a disk of fixed size in sectors. Each mix runs with each seed.
 set -u
@@ -89,20 +90,29 @@ fdatasync = 2
 TOML
 }
 
-operations=${FSX_OPS:-6000}
-for mix in any guest mapped sectors; do
-    "mix_$mix" >"$log.$mix"
-    for seed in ${FSX_SEEDS:-1 2 3 4}; do
-        file=$work/$mix.$seed
+operations=${FSX_OPS:-6000} last=''
+for mix in any guest mapped sectors; do "mix_$mix" >"$log.$mix"; done
+
+run_seed() {            # run_seed SEED: all mixes with it
+    last=$1
+    for mix in any guest mapped sectors; do
+        file=$work/$mix.$1
         [ $mix != sectors ] || truncate -s 8M "$file"
-        if timeout 600 "$program" -f "$log.$mix" -N "$operations" -S "$seed" -P "$(dirname "$log")" "$file" >"$log" 2>&1
-        then ok "$mix.$seed"; else
+        if timeout 600 "$program" -f "$log.$mix" -N "$operations" -S "$1" -P "$(dirname "$log")" "$file" >"$log" 2>&1
+        then ok "$mix.$1"; else
             status=$?
             tail -20 "$log"
-            bad "$mix.$seed" "exit $status (again: FSX_SEEDS=$seed FSX_OPS=$operations $0 $1)"
+            bad "$mix.$1" "exit $status (again: FSX_SEEDS=$1 FSX_OPS=$operations $0)"
         fi
         rm -f "$file"
     done
-    rm -f "$log.$mix"
-done
+}
+
+if [ -n "${FSX_HOURS:-}" ]; then
+    limit=$(awk "BEGIN {print int($FSX_HOURS * 3600)}")
+    for ((seed = $(date +%s); SECONDS < limit; seed++)); do run_seed "$seed"; done
+else
+    for seed in ${FSX_SEEDS:-1 2 3 4}; do run_seed "$seed"; done
+fi
+echo "$suite: $SECONDS s, $operations operations each, last seed $last"
 summary

@@ -1,7 +1,7 @@
 #!/bin/bash
 # POSIX semantics: the test program pjdfstest, about 400 cases, some as other users.
 #
-# usage: pjdfstest.sh DIR      as root; DIR mounted with --allow-other
+# usage: pjdfstest.sh [--ext4 | DIR]      as root; DIR mounted with --allow-other
 set -u
 . "$(dirname "$0")/common.sh"
 [ "$(id -u)" = 0 ] || stop "needs root: part of the cases change users"

@@ -54,7 +54,7 @@ class Writer:
     def __init__(self, folder, seed, direct):
         self.folder, self.name = folder, f"{seed}"
         self.path = f"{folder}/{self.name}"
-        self.known = {"name": self.name, "seed": seed, "direct": direct, "synced": 0, "sent": 0,
+        self.known = {"name": self.name, "seed": seed, "direct": direct, "made": False, "synced": 0, "sent": 0,
                       "renamed": [], "copies": {}}
         self.stopped = False
 
@@ -64,6 +64,7 @@ class Writer:
         target = os.open(self.path, flags, 0o644)
         os.fsync(target)
         sync_folder(self.folder)
+        known["made"] = True
         memory = mmap.mmap(-1, BLOCK)
         for place in places(known["seed"]):
             if self.stopped:
@@ -108,6 +109,7 @@ def write_one(folder, seed, direct, record):
     def stop(*_):
         writer.stopped = True
     signal.signal(signal.SIGTERM, stop)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGTERM])
     with contextlib.suppress(OSError):
         writer.run()
     with open(record, "w") as file:
@@ -116,6 +118,8 @@ def write_one(folder, seed, direct, record):
 
 def write(options):
     writers, records = [], []
+    # Whoever is told to end before it listens puts its record down all the same.
+    signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
     for i in range(options.writers):
         # Through the cache and past it by turns.
         records.append(f"{options.record}.{i}")
@@ -123,6 +127,7 @@ def write(options):
         writers.append(multiprocessing.Process(target=write_one, args=arguments))
         writers[-1].start()
     signal.signal(signal.SIGTERM, lambda *_: [writer.terminate() for writer in writers])
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGTERM])
     for writer in writers:
         writer.join()
     known = []
@@ -150,7 +155,7 @@ def numbers(path):
 
 
 def check_file(folder, known):
-    """Raises ValueError if the file is not what a crash may leave."""
+    """Raises ValueError if the file is not what a crash may leave, FileNotFoundError if it is gone."""
     found, synced = numbers(f"{folder}/{known['name']}"), state(known["seed"], known["synced"])
     newest = max(found)
     if not known["synced"] <= newest <= known["sent"]:
@@ -184,6 +189,8 @@ def check(options):
         kept = json.load(record)
     failed = 0
     for known in kept["writers"]:
+        if not known["made"] and not os.path.exists(f"{options.dir}/{known['name']}"):
+            continue  # the daemon was killed before its first sync was acknowledged
         try:
             check_file(options.dir, known)
             check_extras(options.dir, known)
