@@ -2,8 +2,8 @@
 //! up, the pool is a device that both see.
 
 use std::io;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use nodupe::device::{BlockDevice, SimDevice};
@@ -24,8 +24,9 @@ const HEARTBEAT: u64 = 2 * 4096;
 struct Host {
     shared: Arc<SimDevice>,
     asleep: AtomicBool,
-    /// How long a beat hangs between its look and its write.
-    slow: Mutex<Duration>,
+    /// Marks hang between the look and the write, and one does.
+    holds: AtomicBool,
+    held: AtomicBool,
 }
 
 impl BlockDevice for Host {
@@ -39,8 +40,9 @@ impl BlockDevice for Host {
         self.shared.read_at(addr, buf)
     }
     fn write_at(&self, addr: u64, data: &[u8]) -> io::Result<()> {
-        if addr == HEARTBEAT {
-            std::thread::sleep(*self.slow.lock().expect("no panic before"));
+        while addr == HEARTBEAT && self.holds.load(Ordering::SeqCst) {
+            self.held.store(true, Ordering::SeqCst);
+            std::thread::sleep(Duration::from_millis(1));
         }
         self.shared.write_at(addr, data)
     }
@@ -82,7 +84,8 @@ fn open(shared: &Arc<SimDevice>, us: &Identity) -> Result<(Arc<Host>, Arc<Pool>)
     let host = Arc::new(Host {
         shared: shared.clone(),
         asleep: AtomicBool::new(false),
-        slow: Mutex::default(),
+        holds: AtomicBool::new(false),
+        held: AtomicBool::new(false),
     });
     let device: Arc<dyn BlockDevice> = host.clone();
     refuse_active(&*device, UUID, us)?;
@@ -230,42 +233,87 @@ fn an_owner_that_slept_is_replaced_for_good_also_by_who_has_closed_since() {
     assert!(findings.is_empty(), "{findings:?}");
 }
 
-#[test]
-fn a_beat_that_hangs_between_look_and_mark_lets_no_two_write() {
-    let device = pool();
-    let (host, first) = open(&device, &identity(1, 1, 10)).expect("nobody has it");
-    change(&first).expect("it is ours");
-    // The next beat of host 1 looks, hangs, and writes when host 2 has just taken the pool over.
-    *host.slow.lock().expect("no panic before") = INTERVAL * 6;
-    std::thread::sleep(INTERVAL * 2);
-    *host.slow.lock().expect("no panic before") = Duration::ZERO;
-    let second = open(&device, &identity(2, 2, 20));
-    std::thread::sleep(INTERVAL * 8);
-    let one = change(&first).is_ok();
-    let two = second.is_ok_and(|(_, second)| change(&second).is_ok());
-    assert!(!(one && two), "both write");
+/// Waits for something, not for ever.
+fn until(what: &str, is: impl Fn() -> bool) {
+    let begun = Instant::now();
+    while !is() {
+        assert!(begun.elapsed() < INTERVAL * 100, "{what}");
+        std::thread::sleep(Duration::from_millis(1));
+    }
+}
+
+/// Who stands in the mark.
+fn marked_by(device: &SimDevice, owner: u8) -> bool {
+    let mut page = [0; 4096];
+    device.read_at(HEARTBEAT, &mut page).expect("sound");
+    nodupe::ondisk::heartbeat::Heartbeat::decode(&page)
+        .is_ok_and(|mark| mark.is_some_and(|mark| mark.owner == [owner; 16]))
+}
+
+fn host(shared: &Arc<SimDevice>, holds: bool) -> Arc<Host> {
+    Arc::new(Host {
+        shared: shared.clone(),
+        asleep: AtomicBool::new(false),
+        holds: AtomicBool::new(holds),
+        held: AtomicBool::new(false),
+    })
 }
 
 #[test]
-fn of_two_that_claim_at_once_without_a_lock_one_has_it() {
-    for round in 0..12 {
-        let device = pool();
-        let claims: Vec<bool> = std::thread::scope(|scope| {
-            let claim = |owner: u8, delay: u64| {
-                let device: Arc<dyn BlockDevice> = device.clone();
-                scope.spawn(move || {
-                    std::thread::sleep(Duration::from_millis(delay));
-                    let us = identity(owner, owner, u32::from(owner));
-                    let claim = refuse_active(&*device, UUID, &us)
-                        .and_then(|()| Heartbeat::claim(&device, UUID, &us, INTERVAL, true));
-                    // Kept, so that the other one meets a living owner.
-                    std::thread::sleep(INTERVAL * 3);
-                    claim.is_ok_and(|claim| claim.beat().is_ok())
-                })
-            };
-            let both = [claim(1, 0), claim(2, round % 4)];
-            both.map(|thread| thread.join().expect("no panic")).to_vec()
+fn a_mark_written_over_by_an_owner_that_had_just_looked_is_no_claim() {
+    let device = pool();
+    let (first_host, first) = open(&device, &identity(1, 1, 10)).expect("nobody has it");
+    change(&first).expect("it is ours");
+    first_host.asleep.store(true, Ordering::SeqCst);
+    std::thread::sleep(INTERVAL * 2);
+    let second_host = host(&device, true);
+    std::thread::scope(|scope| {
+        let second = scope.spawn(|| {
+            let device: Arc<dyn BlockDevice> = second_host.clone();
+            let us = identity(2, 2, 20);
+            refuse_active(&*device, UUID, &us)?;
+            Heartbeat::claim(&device, UUID, &us, INTERVAL, false)
         });
-        assert!(claims != [true, true], "round {round}: both have it");
-    }
+        // Both have looked, and neither has written: then the second one, and the first one.
+        until("the claim", || second_host.held.load(Ordering::SeqCst));
+        first_host.holds.store(true, Ordering::SeqCst);
+        first_host.asleep.store(false, Ordering::SeqCst);
+        until("the beat", || first_host.held.load(Ordering::SeqCst));
+        second_host.holds.store(false, Ordering::SeqCst);
+        until("the mark of host2", || marked_by(&device, 2));
+        first_host.holds.store(false, Ordering::SeqCst);
+        let claimed = second.join().expect("no panic");
+        let error = claimed.expect_err("host1 is alive, and has the mark");
+        assert_eq!(error.kind(), Kind::Busy);
+    });
+    // It could have been replaced since it began to look, so it gives up as well: better nobody
+    // than two.
+    assert!(change(&first).is_err());
+}
+
+#[test]
+fn of_two_that_claim_at_once_without_a_lock_the_last_one_has_it() {
+    let device = pool();
+    let hosts = [host(&device, true), host(&device, true)];
+    std::thread::scope(|scope| {
+        let claims = [1_u8, 2].map(|owner| {
+            let device: Arc<dyn BlockDevice> = hosts[usize::from(owner) - 1].clone();
+            scope.spawn(move || {
+                let us = identity(owner, owner, u32::from(owner));
+                refuse_active(&*device, UUID, &us)?;
+                // A long interval, so that the test has time between look and mark.
+                Heartbeat::claim(&device, UUID, &us, INTERVAL * 20, true)
+            })
+        });
+        for host in &hosts {
+            until("a claim", || host.held.load(Ordering::SeqCst));
+        }
+        for (owner, host) in (1..).zip(&hosts) {
+            host.holds.store(false, Ordering::SeqCst);
+            until("a mark", || marked_by(&device, owner));
+        }
+        let [first, second] = claims.map(|claim| claim.join().expect("no panic"));
+        assert_eq!(first.expect_err("host2 was later").kind(), Kind::Busy);
+        second.expect("the last one has it").release();
+    });
 }

@@ -255,21 +255,29 @@ impl Heartbeat {
 
     /// Writes the first mark, soon after a look at what is there. Returns how long it must stand
     /// before it counts (I5).
+    ///
+    /// # Errors
+    /// `Busy` if somebody else wrote a mark over ours meanwhile; `Io`.
     fn take(&self, us: &Identity, shared: bool) -> Result<Duration> {
+        let mut settle = Duration::ZERO;
         loop {
             let own = self.own.lock();
             let begun = self.now_ms();
             let left = read_mark(&*self.device)?.filter(|mark| {
                 mark.pool == own.pool && mark.owner != own.owner && mark.boot != us.boot
             });
-            let settle = match left {
+            if let Some(other) = left.as_ref().filter(|_| !settle.is_zero()) {
+                return Err(in_use(other));
+            }
+            // A second round finds our own mark, and waits for what the first one found.
+            settle = settle.max(match left {
                 Some(left) => {
                     let theirs = Duration::from_millis(left.interval_ms.into());
                     self.interval.max(theirs.min(INTERVAL_MAX)) * SETTLE
                 }
                 None if shared => self.interval / SETTLE_SHARE,
                 None => Duration::ZERO,
-            };
+            });
             self.put(&own.encode()[..])?;
             let took = self.now_ms() - begun;
             if settle.is_zero() || u128::from(took) < settle.as_millis() {
