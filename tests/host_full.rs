@@ -370,3 +370,14 @@ fn a_pool_is_not_made_where_its_reserve_has_no_space() {
     }
     pool_on_host(LEAST, 1).expect("the host keeps as much as that");
 }
+
+#[test]
+fn a_pool_opens_where_the_host_has_no_space_for_copies_of_the_superblock() {
+    let (device, pool) = new_pool(&TINY, 1).expect("a new pool");
+    pool.close().expect("a sound device");
+    for block in [TINY.pool_size / B - 2, TINY.pool_size / B - 1] {
+        device.flip(block * B + 99, 1);
+    }
+    device.fail(FaultOp::Write, 1, Fault::NoSpace, Repeat::Forever);
+    open(&device, TINY.cache_size).expect("the slots are whole");
+}

@@ -260,9 +260,14 @@ pub(crate) fn heal(device: &dyn BlockDevice, newest: &Superblock) -> Result<()> 
         let place = newest.end_block() + slot;
         if found.blocks == newest.blocks && read_place(device, place, true).whole() != Some(&*found)
         {
-            device
+            match device
                 .write_at(place * B, &found.encode()[..])
-                .map_err(failed)?;
+                .map_err(failed)
+            {
+                // As for a checkpoint: a host without space is no reason to refuse a pool.
+                Err(error) if error.kind() == Kind::NoSpace => {}
+                written => written?,
+            }
         }
     }
     Ok(())
