@@ -187,7 +187,9 @@ fn a_mounted_pool_outlives_a_full_host() {
     );
     let facts = store.df();
     assert!(facts["available"].as_u64() > Some(300 * MIB), "{facts}");
-    assert_eq!(facts["state"], "full", "{facts}");
+    // What the last refused write had taken is free again, so it may be less than full.
+    assert_ne!(facts["state"], "ok", "{facts}");
+    assert!(facts["host_available"].as_u64() < Some(MIB), "{facts}");
     assert!(
         store.log().contains("the host has no space"),
         "{}",
@@ -198,6 +200,7 @@ fn a_mounted_pool_outlives_a_full_host() {
     let refused = (0..20_000).find_map(|index| small(index).err());
     let refused = refused.expect("there is no space");
     assert_eq!(refused.kind(), ErrorKind::StorageFull);
+    wait_for("the state of a full host", || store.df()["state"] == "full");
 
     // What is deleted in the pool is the host's again, and with it the pool's.
     File::options()

@@ -21,7 +21,7 @@ pub(super) const MARKS_DEFAULT: [u8; 3] = [80, 90, 95];
 const SLACK: u64 = 2;
 /// How often the daemon looks.
 const INTERVAL: Duration = Duration::from_secs(2);
-/// Bytes below which a pool is full: what creating a file asks for.
+/// Bytes below which a pool, or the host under it, is full: what creating a file asks for.
 const FULL_BELOW: u64 = 64 * 1024; // 64 KiB
 
 /// Parses `80,90,95` or `80:90:95`; `off` is no mark at all.
@@ -64,10 +64,14 @@ pub(super) enum State {
 }
 
 impl State {
-    /// The state of a pool with warnings at `marks`. `host_full`: the host refused a write.
+    /// The state of a pool with warnings at `marks`. `host_full`: the host refused the last write.
+    ///
+    /// A host with next to nothing left is full as well: it may have taken one block more since it
+    /// refused the last large write.
     pub(super) fn of(usage: &Usage, marks: &[u8], host_full: bool) -> Self {
         let percent = percent_used(usage).unwrap_or(0);
-        if host_full {
+        let host = usage.host_available.unwrap_or(u64::MAX);
+        if host_full || host < FULL_BELOW.min(usage.available) {
             return State::HostFull;
         }
         if usage.available < FULL_BELOW {
@@ -324,6 +328,8 @@ mod tests {
         assert_eq!(of(10, 90, None), State::Ok);
         assert_eq!(of(10, 90, Some(90 * MIB)), State::Ok);
         assert_eq!(of(10, 90, Some(MIB)), State::HostShort);
+        assert_eq!(of(10, 90, Some(FULL_BELOW - 1)), State::HostFull);
+        assert_eq!(of(100, 0, Some(0)), State::Full);
         assert_eq!(of(80, 20, Some(MIB)), State::Warning);
         assert_eq!(of(100, 0, None), State::Full);
         assert_eq!(State::of(&usage(0, 1), &[], true), State::HostFull);
