@@ -16,6 +16,7 @@ pub mod control;
 pub mod device;
 pub mod engine;
 pub mod error;
+pub mod formats;
 #[cfg(feature = "fuse")]
 pub mod fuse;
 pub mod ondisk;

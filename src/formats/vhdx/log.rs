@@ -1,0 +1,298 @@
+//! The log of a VHDX, replayed in memory: a dirty image is read as it would be after its replay,
+//! and stays as it is.
+//!
+//! Layout: MS-VHDX, 2.3. The log is a ring of entries of whole pages; the active sequence is the
+//! run of valid entries with rising numbers whose head names its tail.
+//!
+//! Invariants:
+//!
+//! 1. Memory is bounded by the length of the log, which is at most [`LOG_MAX`].
+//! 2. Replay writes neither to the headers nor to the log: an image that asks for it is refused.
+
+use std::collections::{BTreeMap, HashMap};
+use std::sync::Arc;
+
+use crate::error::Result;
+use crate::formats::source::{check_range, read_vec};
+use crate::formats::{Source, broken, unsupported};
+use crate::ondisk::{crc32c, get_u32, get_u64};
+
+/// Unit of the log and of what it changes.
+const PAGE: u64 = 4096;
+/// Longest log that is replayed: 64 MiB. Products make 1 MiB to 32 MiB.
+const LOG_MAX: u64 = 64 << 20;
+/// Bytes of the header of an entry, and of each of its descriptors.
+const ENTRY_HEADER: usize = 64;
+const DESCRIPTOR: usize = 32;
+/// First byte that replay may change: what lies before are the file's identifier and headers.
+const REPLAY_FROM: u64 = 192 << 10;
+
+/// Where the log is, and whose entries count.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Log {
+    pub(super) guid: [u8; 16],
+    pub(super) offset: u64,
+    pub(super) len: u64,
+}
+
+/// One valid entry.
+#[derive(Debug)]
+struct Entry {
+    at: u64,
+    len: u64,
+    tail: u64,
+    seq: u64,
+    flushed: u64,
+    last: u64,
+    changes: Vec<Change>,
+}
+
+#[derive(Debug)]
+enum Change {
+    Zero {
+        at: u64,
+        len: u64,
+    },
+    /// The page of the image, and where its bytes stand: entry page and descriptor.
+    Data {
+        at: u64,
+        page: Box<[u8; PAGE as usize]>,
+    },
+}
+
+/// An image as it is after replay.
+#[derive(Debug)]
+pub(super) struct Replayed {
+    base: Arc<dyn Source>,
+    len: u64,
+    pages: HashMap<u64, Box<[u8; PAGE as usize]>>,
+    /// Zeroed ranges: begin and end.
+    zeros: BTreeMap<u64, u64>,
+}
+
+/// Replays `log` over `base`.
+///
+/// # Errors
+/// `Corrupt` if no sequence of entries is whole, or the image was cut off after it was logged.
+pub(super) fn replay(base: Arc<dyn Source>, log: Log) -> Result<Replayed> {
+    if log.len > LOG_MAX {
+        return Err(unsupported(format!(
+            "the log is too long: bytes={}",
+            log.len
+        )));
+    }
+    let ring = read_vec(&*base, log.offset, log.len as usize)?;
+    let Some(active) = active(&ring, &log)? else {
+        return Err(broken(
+            "the image has a log to replay, and no entry of it is whole: its last changes are lost",
+        ));
+    };
+    let (flushed, last) = active
+        .last()
+        .map_or((0, 0), |head| (head.flushed, head.last));
+    if base.len() < flushed {
+        return Err(broken(format!(
+            "the image was cut off after its log was written: length={} flushed={flushed}",
+            base.len()
+        )));
+    }
+    let mut replayed = Replayed {
+        len: base.len().max(last),
+        base,
+        pages: HashMap::new(),
+        zeros: BTreeMap::new(),
+    };
+    for change in active.into_iter().flat_map(|entry| entry.changes) {
+        replayed.apply(change, &log)?;
+    }
+    Ok(replayed)
+}
+
+/// Bytes of the ring from `at` on, around its end. `len` is at most that of the ring.
+fn around(ring: &[u8], at: u64, len: usize) -> Vec<u8> {
+    let at = at as usize % ring.len();
+    let first = len.min(ring.len() - at);
+    let mut bytes = ring[at..at + first].to_vec();
+    bytes.extend_from_slice(&ring[..len - first]);
+    bytes
+}
+
+/// The active sequence: of all runs whose head names a tail within, that with the highest number.
+fn active(ring: &[u8], log: &Log) -> Result<Option<Vec<Entry>>> {
+    // Decoded once each; runs are then followed by position.
+    let mut entries: BTreeMap<u64, Entry> = BTreeMap::new();
+    for at in (0..log.len).step_by(PAGE as usize) {
+        if let Some(entry) = decode(ring, at, log) {
+            entries.insert(at, entry);
+        }
+    }
+    // Who follows whom, so that runs are found in one pass.
+    let follows = |entry: &Entry| {
+        let next = entries.get(&((entry.at + entry.len) % log.len))?;
+        (next.seq == entry.seq.wrapping_add(1)).then_some(next)
+    };
+    let mut best: Option<(u64, Vec<u64>)> = None;
+    let followed: std::collections::HashSet<u64> = entries
+        .values()
+        .filter_map(|entry| follows(entry).map(|next| next.at))
+        .collect();
+    for start in entries
+        .values()
+        .filter(|entry| !followed.contains(&entry.at))
+    {
+        let mut run = vec![start.at];
+        let mut head = start;
+        while let Some(next) = follows(head) {
+            run.push(next.at);
+            head = next;
+        }
+        let Some(from) = run.iter().position(|at| *at == head.tail) else {
+            continue;
+        };
+        if best.as_ref().is_none_or(|(seq, _)| head.seq > *seq) {
+            best = Some((head.seq, run.split_off(from)));
+        }
+    }
+    Ok(best.map(|(_, run)| {
+        run.iter()
+            .filter_map(|at| entries.remove(at))
+            .collect::<Vec<_>>()
+    }))
+}
+
+/// The entry at `at`, if it is whole and of this log.
+fn decode(ring: &[u8], at: u64, log: &Log) -> Option<Entry> {
+    let head = around(ring, at, ENTRY_HEADER);
+    let len = u64::from(get_u32(&head, 8));
+    let tail = u64::from(get_u32(&head, 12));
+    let (seq, count) = (get_u64(&head, 16), u64::from(get_u32(&head, 24)));
+    let sane = head[..4] == *b"loge"
+        && head[32..48] == log.guid
+        && len > 0
+        && len.is_multiple_of(PAGE)
+        && len <= log.len
+        && tail.is_multiple_of(PAGE)
+        && tail < log.len
+        && seq > 0
+        && count <= len / DESCRIPTOR as u64;
+    if !sane {
+        return None;
+    }
+    let mut whole = around(ring, at, len as usize);
+    let crc = get_u32(&whole, 4);
+    whole[4..8].fill(0);
+    if crc32c(&whole) != crc {
+        return None;
+    }
+    let table = (ENTRY_HEADER as u64 + count * DESCRIPTOR as u64).next_multiple_of(PAGE);
+    let mut sectors = whole.get(table as usize..)?.chunks_exact(PAGE as usize);
+    let mut changes = Vec::new();
+    for i in 0..count as usize {
+        let descriptor = whole
+            .get(ENTRY_HEADER + i * DESCRIPTOR..)?
+            .get(..DESCRIPTOR)?;
+        let target = get_u64(descriptor, 16);
+        if get_u64(descriptor, 24) != seq || !target.is_multiple_of(PAGE) {
+            return None;
+        }
+        changes.push(match &descriptor[..4] {
+            b"zero" => {
+                let len = get_u64(descriptor, 8);
+                if !len.is_multiple_of(PAGE) || target.checked_add(len).is_none() {
+                    return None;
+                }
+                Change::Zero { at: target, len }
+            }
+            b"desc" => {
+                let sector = sectors.next()?;
+                let high = u64::from(get_u32(sector, 4));
+                let low = u64::from(get_u32(sector, PAGE as usize - 4));
+                if sector[..4] != *b"data" || high << 32 | low != seq {
+                    return None;
+                }
+                let mut page = Box::new([0; PAGE as usize]);
+                page[..8].copy_from_slice(&descriptor[8..16]);
+                page[8..PAGE as usize - 4].copy_from_slice(&sector[8..PAGE as usize - 4]);
+                page[PAGE as usize - 4..].copy_from_slice(&descriptor[4..8]);
+                Change::Data { at: target, page }
+            }
+            _ => return None,
+        });
+    }
+    Some(Entry {
+        at,
+        len,
+        tail,
+        seq,
+        flushed: get_u64(&head, 48),
+        last: get_u64(&head, 56),
+        changes,
+    })
+}
+
+impl Replayed {
+    fn apply(&mut self, change: Change, log: &Log) -> Result<()> {
+        let (at, len) = match &change {
+            Change::Zero { at, len } => (*at, *len),
+            Change::Data { at, .. } => (*at, PAGE),
+        };
+        let end = at.saturating_add(len);
+        if at < REPLAY_FROM || at < log.offset + log.len && log.offset < end {
+            return Err(broken(format!(
+                "the log would change the headers or itself: offset={at}"
+            )));
+        }
+        if end > self.len {
+            return Err(broken(format!(
+                "the log changes what lies behind the end of the image: offset={at} bytes={len}"
+            )));
+        }
+        match change {
+            Change::Data { at, page } => {
+                self.pages.insert(at, page);
+            }
+            Change::Zero { .. } => {
+                self.pages.retain(|page, _| *page < at || *page >= end);
+                let known = self.zeros.entry(at).or_insert(end);
+                *known = end.max(*known);
+            }
+        }
+        Ok(())
+    }
+
+    /// True if the log zeroed the page at `at`.
+    fn zeroed(&self, at: u64) -> bool {
+        self.zeros.range(..=at).any(|(_, end)| *end > at)
+    }
+}
+
+impl Source for Replayed {
+    fn len(&self) -> u64 {
+        self.len
+    }
+
+    fn read_at(&self, offset: u64, buf: &mut [u8]) -> Result<()> {
+        check_range(self.len, offset, buf.len() as u64)?;
+        // What the file was not extended to yet reads as zeros.
+        let there = self.base.len().saturating_sub(offset).min(buf.len() as u64) as usize;
+        self.base
+            .read_at(offset.min(self.base.len()), &mut buf[..there])?;
+        buf[there..].fill(0);
+        if self.pages.is_empty() && self.zeros.is_empty() {
+            return Ok(());
+        }
+        let end = offset + buf.len() as u64;
+        let mut at = offset / PAGE * PAGE;
+        while at < end {
+            let (from, to) = (at.max(offset), (at + PAGE).min(end));
+            let part = &mut buf[(from - offset) as usize..(to - offset) as usize];
+            if let Some(page) = self.pages.get(&at) {
+                part.copy_from_slice(&page[(from - at) as usize..(to - at) as usize]);
+            } else if self.zeroed(at) {
+                part.fill(0);
+            }
+            at += PAGE;
+        }
+        Ok(())
+    }
+}
