@@ -21,6 +21,7 @@ use std::sync::Arc;
 use crate::error::{Error, Kind, Result};
 
 pub mod chain;
+pub mod layout;
 pub mod probe;
 pub mod qcow2;
 pub mod raw;
