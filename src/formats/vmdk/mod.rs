@@ -130,10 +130,12 @@ impl Vmdk {
                 "this is an extent of a VMDK: name the descriptor that it belongs to",
             ));
         };
-        if !descriptor::is_descriptor(&text) {
-            return Err(broken("the embedded descriptor is damaged"));
-        }
         let descriptor = Descriptor::parse(&text)?;
+        if descriptor.cid.is_none() && descriptor.create_type.is_empty() {
+            return Err(broken(
+                "the embedded descriptor is damaged: it says nothing",
+            ));
+        }
         if descriptor.extents.len() > 1 {
             return Err(broken(
                 "the embedded descriptor has extents in other files, which no product writes",
