@@ -241,15 +241,14 @@ impl Pool {
     pub fn health(&self) -> Health {
         let heartbeat = self.heartbeat.lock().clone();
         let (beats, beat_age_ms) = heartbeat.map_or((0, 0), |heartbeat| heartbeat.state());
-        let damaged = self.counters.damaged.load(Ordering::Relaxed);
-        // Each in a statement of its own: what one takes, it holds to the end of the statement.
+        // One lock after the other: a guard within the expression below would live to its end.
         let replayed = *self.replayed.lock();
-        let damaged_nodes = self.meta.read().damaged_nodes();
         let unsynced_ms = self.stage.lock().unsynced_ms();
+        let nodes = self.meta.read().damaged_nodes();
         Health {
             replayed,
             unsynced_ms,
-            damaged_reads: damaged + damaged_nodes,
+            damaged_reads: self.counters.damaged.load(Ordering::Relaxed) + nodes,
             beats,
             beat_age_ms,
         }
