@@ -55,7 +55,7 @@ const ENGINE_LAYERS: &[&[&str]] = &[
     ],
     &["range", "names", "replay"],
     &["clone_tree", "recover"],
-    &["check", "scrub"],
+    &["check", "scrub", "parts"],
     &["repair"],
 ];
 

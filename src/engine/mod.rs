@@ -35,6 +35,8 @@ mod meta;
 mod names;
 mod namespace;
 mod nodes;
+#[cfg(feature = "shuttle")]
+pub mod parts;
 mod pool;
 mod range;
 mod recover;
