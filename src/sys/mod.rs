@@ -3,4 +3,6 @@
 
 pub mod block;
 pub mod control;
+pub mod memory;
 pub mod process;
+pub mod ring;
