@@ -36,6 +36,7 @@ const ENGINE_LAYERS: &[&[&str]] = &[
         "syncs",
         "refusals",
     ],
+    &["fetch"],
     &["meta"],
     &["tree"],
     &["extents", "namespace"],
@@ -52,6 +53,7 @@ const ENGINE_LAYERS: &[&[&str]] = &[
         "host",
         "discard",
         "file",
+        "read",
     ],
     &["range", "names", "replay"],
     &["clone_tree", "recover"],
@@ -99,6 +101,11 @@ const CONFINED: &[(&str, &[&str], &str)] = &[
         "shuttle",
         &["sync.rs", "sync/"],
         "one module knows the model checker",
+    ),
+    (
+        "io_uring",
+        &["sys/ring.rs"],
+        "memory that the kernel writes to is watched over in one place",
     ),
     (
         "unsafe",

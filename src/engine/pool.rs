@@ -36,6 +36,7 @@ use super::cache::{BlockCache, Readers};
 use super::heartbeat::Heartbeat;
 
 use super::counters::Counters;
+use super::fetch::Fetcher;
 use super::journal::{Cut, Journal};
 use super::meta::Meta;
 use super::refusals::HostState;
@@ -91,10 +92,12 @@ pub struct Pool {
     pub(crate) read_only: bool,
     pub(crate) limits: Limits,
     pub(crate) counters: Arc<Counters>,
-    pub(crate) cache: BlockCache,
+    pub(crate) cache: Arc<BlockCache>,
     /// Aligned memory for transfers of data.
     pub(crate) buffers: BouncePool,
-    pub(crate) readers: Readers,
+    pub(crate) readers: Arc<Readers>,
+    /// Reads data blocks.
+    pub(crate) fetcher: Arc<Fetcher>,
     pub(crate) checkpointing: Mutex<()>,
     pub(crate) gate: RwLock<()>,
     file_locks: Vec<RwLock<()>>,
@@ -139,13 +142,19 @@ impl Pool {
         let counters = meta.space.counters.clone();
         let syncs = Arc::default();
         journal.share(&device, &syncs);
+        let cache = Arc::new(BlockCache::new(
+            (options.cache_size / 2) as usize / BLOCK_SIZE,
+        ));
+        let buffers = BouncePool::default();
+        let fetcher = Fetcher::new(&device, &cache, &buffers, &counters);
         Self {
             syncs,
             read_only: options.read_only,
             limits,
-            cache: BlockCache::new((options.cache_size / 2) as usize / BLOCK_SIZE),
-            buffers: BouncePool::default(),
-            readers: Readers::default(),
+            cache,
+            buffers,
+            readers: Arc::default(),
+            fetcher: Arc::new(fetcher),
             checkpointing: ranked::mutex(1, ()),
             gate: ranked::rw_lock(2, ()),
             file_locks: (0..FILE_LOCKS).map(|_| ranked::rw_lock(3, ())).collect(),
