@@ -53,7 +53,7 @@ const ENGINE_LAYERS: &[&[&str]] = &[
         "discard",
         "file",
     ],
-    &["range", "names", "replay"],
+    &["range", "share", "names", "replay"],
     &["clone_tree", "recover"],
     &["check", "scrub"],
     &["repair"],

@@ -12,7 +12,7 @@
 //!   a place), `journal` (the ring), `apply` (what each record does),
 //!   `salvage` (which records still have something to act on);
 //! - procedures: `pool` (locks and limits), `host` (a host without space), `commit` (group commit),
-//!   `file`, `range`, `names`, `clone_tree` (what callers ask for), `destage`, `checkpoint`, `grow`,
+//!   `file`, `range`, `share`, `names`, `clone_tree` (what callers ask for), `destage`, `checkpoint`, `grow`,
 //!   `replay`, `recover`, `worker`, `check`, `scrub`, `repair`.
 
 mod apply;
@@ -43,6 +43,7 @@ mod repair;
 mod replay;
 mod salvage;
 mod scrub;
+mod share;
 mod slots;
 mod space;
 mod stage;
@@ -55,6 +56,7 @@ mod worker;
 pub use heartbeat::{BEAT_INTERVAL, Heartbeat, Identity, refuse_active};
 pub use pool::Pool;
 pub use scrub::{DamagedFile, Scrub, ScrubOptions, ScrubPhase, ScrubState, ScrubStatus};
+pub use share::{Extents, Share};
 pub use types::{
     Action, Attr, CheckCounts, CheckOptions, CheckReport, CreateOptions, DirEntry, FileKind,
     FilePlace, FileUsage, Finding, Health, NewNode, OpenOptions, Origin, PoolInfo, RenameMode,
