@@ -3,4 +3,5 @@
 
 pub mod block;
 pub mod control;
+pub mod files;
 pub mod process;
