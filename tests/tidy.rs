@@ -55,7 +55,7 @@ const ENGINE_LAYERS: &[&[&str]] = &[
         "file",
         "read",
     ],
-    &["range", "names", "replay"],
+    &["range", "share", "names", "replay"],
     &["clone_tree", "recover"],
     &["check", "scrub", "parts"],
     &["repair"],

@@ -12,12 +12,14 @@ mod access;
 mod check;
 mod client;
 mod clone;
+mod convert;
 mod create;
 #[cfg(feature = "fuse")]
 mod daemon;
 mod df;
 mod failure;
 mod grow;
+mod image;
 mod info;
 mod logging;
 #[cfg(feature = "fuse")]
@@ -27,6 +29,7 @@ mod mounts;
 mod options;
 mod output;
 mod scrub;
+mod sharing;
 mod size;
 mod target;
 mod tree;
@@ -63,6 +66,7 @@ enum Verb {
     Mount(mount::Mount),
     Umount(umount::Umount),
     Clone(clone::Clone),
+    Convert(convert::Convert),
     Df(df::Df),
     Grow(grow::Grow),
     Info(info::Info),
@@ -74,6 +78,7 @@ enum Verb {
 const GROUPS: &[(&str, &[&str])] = &[
     ("Set up", &["create", "mount", "umount", "grow"]),
     ("Every day", &["clone", "df", "info"]),
+    ("Formats of others", &["convert"]),
     ("Trust", &["check", "scrub"]),
 ];
 
@@ -123,6 +128,7 @@ fn dispatch(cli: &Cli) -> Result<(), Failure> {
         Verb::Mount(args) => mount::run(args, output),
         Verb::Umount(args) => umount::run(args, output),
         Verb::Clone(args) => clone::run(args, output),
+        Verb::Convert(args) => convert::run(args, output),
         Verb::Df(args) => df::run(args, output),
         Verb::Grow(args) => grow::run(args, output),
         Verb::Info(args) => info::run(args, output),
