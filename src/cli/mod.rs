@@ -18,6 +18,7 @@ mod daemon;
 mod df;
 mod failure;
 mod grow;
+mod import;
 mod info;
 mod logging;
 #[cfg(feature = "fuse")]
@@ -65,6 +66,7 @@ enum Verb {
     Clone(clone::Clone),
     Df(df::Df),
     Grow(grow::Grow),
+    Import(import::Import),
     Info(info::Info),
     Check(check::Check),
     Scrub(scrub::Scrub),
@@ -74,6 +76,7 @@ enum Verb {
 const GROUPS: &[(&str, &[&str])] = &[
     ("Set up", &["create", "mount", "umount", "grow"]),
     ("Every day", &["clone", "df", "info"]),
+    ("Images", &["import"]),
     ("Trust", &["check", "scrub"]),
 ];
 
@@ -125,6 +128,7 @@ fn dispatch(cli: &Cli) -> Result<(), Failure> {
         Verb::Clone(args) => clone::run(args, output),
         Verb::Df(args) => df::run(args, output),
         Verb::Grow(args) => grow::run(args, output),
+        Verb::Import(args) => import::run(args, output),
         Verb::Info(args) => info::run(args, output),
         Verb::Check(args) => check::run(args, output),
         Verb::Scrub(args) => scrub::run(args, output),
