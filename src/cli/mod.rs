@@ -20,6 +20,7 @@ mod failure;
 mod grow;
 mod import;
 mod info;
+mod inspect;
 mod logging;
 #[cfg(feature = "fuse")]
 mod mount;
@@ -68,6 +69,7 @@ enum Verb {
     Grow(grow::Grow),
     Import(import::Import),
     Info(info::Info),
+    Inspect(inspect::Inspect),
     Check(check::Check),
     Scrub(scrub::Scrub),
 }
@@ -76,7 +78,7 @@ enum Verb {
 const GROUPS: &[(&str, &[&str])] = &[
     ("Set up", &["create", "mount", "umount", "grow"]),
     ("Every day", &["clone", "df", "info"]),
-    ("Images", &["import"]),
+    ("Images", &["import", "inspect"]),
     ("Trust", &["check", "scrub"]),
 ];
 
@@ -130,6 +132,7 @@ fn dispatch(cli: &Cli) -> Result<(), Failure> {
         Verb::Grow(args) => grow::run(args, output),
         Verb::Import(args) => import::run(args, output),
         Verb::Info(args) => info::run(args, output),
+        Verb::Inspect(args) => inspect::run(args, output),
         Verb::Check(args) => check::run(args, output),
         Verb::Scrub(args) => scrub::run(args, output),
     }

@@ -96,6 +96,15 @@ pub(super) fn run(args: &Import, output: Output) -> Result<()> {
     let maker = Maker::new(&library, &dir, names, format, usize::from(args.jobs));
     let made = maker.run(output)?;
     let total = made.total() + failures.len();
+    for index in made.files.keys() {
+        for note in &library.images()[*index].facts.notes {
+            output.note(&format!(
+                "{}: {}",
+                show(&library.path(*index)),
+                output::clean(note)
+            ));
+        }
+    }
     for (path, error) in &made.failed {
         failures.push(Failure::new(format!("cannot import {}", show(path))).because(error));
     }
