@@ -20,7 +20,9 @@ mod df;
 mod failure;
 mod grow;
 mod image;
+mod import;
 mod info;
+mod inspect;
 mod logging;
 #[cfg(feature = "fuse")]
 mod mount;
@@ -69,7 +71,9 @@ enum Verb {
     Convert(convert::Convert),
     Df(df::Df),
     Grow(grow::Grow),
+    Import(import::Import),
     Info(info::Info),
+    Inspect(inspect::Inspect),
     Check(check::Check),
     Scrub(scrub::Scrub),
 }
@@ -78,7 +82,7 @@ enum Verb {
 const GROUPS: &[(&str, &[&str])] = &[
     ("Set up", &["create", "mount", "umount", "grow"]),
     ("Every day", &["clone", "df", "info"]),
-    ("Formats of others", &["convert"]),
+    ("Images", &["import", "inspect", "convert"]),
     ("Trust", &["check", "scrub"]),
 ];
 
@@ -131,7 +135,9 @@ fn dispatch(cli: &Cli) -> Result<(), Failure> {
         Verb::Convert(args) => convert::run(args, output),
         Verb::Df(args) => df::run(args, output),
         Verb::Grow(args) => grow::run(args, output),
+        Verb::Import(args) => import::run(args, output),
         Verb::Info(args) => info::run(args, output),
+        Verb::Inspect(args) => inspect::run(args, output),
         Verb::Check(args) => check::run(args, output),
         Verb::Scrub(args) => scrub::run(args, output),
     }
