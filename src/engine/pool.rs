@@ -78,6 +78,8 @@ pub(crate) struct Wake {
     pub(crate) checkpoint: bool,
     /// The commit thread should lead for those who wait.
     pub(crate) commit: bool,
+    /// Much waits for the journal: the commit thread should commit, whoever waits.
+    pub(crate) commit_early: bool,
     /// The commit thread ends.
     pub(crate) stop_commit: bool,
     /// The worker ends.
