@@ -24,7 +24,7 @@ mod vhd;
 mod vhdx;
 mod vmdk;
 
-pub use held::{Held, Piece, Place};
+pub use held::{Held, Holes, Piece, Place};
 
 const ALIGN: u64 = BLOCK_SIZE as u64;
 const SECTOR: u64 = SECTOR_SIZE as u64;
