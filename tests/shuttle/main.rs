@@ -37,6 +37,7 @@ const BUSY: Mix = Mix {
         &[Op::Write, Op::Clone, Op::Truncate, Op::Sync],
         &[Op::WriteDirect, Op::Read, Op::Punch],
         &[Op::Checkpoint, Op::Read],
+        &[Op::Look],
     ],
     ops: 3,
     workers: false,
@@ -57,7 +58,7 @@ fn background_threads_disturb_nobody() {
         threads: &[
             &[Op::Write, Op::WriteHalf, Op::Read, Op::Sync],
             &[Op::WriteDirect, Op::Clone, Op::Truncate, Op::Punch],
-            &[Op::Checkpoint, Op::Names, Op::Read],
+            &[Op::Checkpoint, Op::Names, Op::Read, Op::Look],
         ],
         ..BUSY
     };
