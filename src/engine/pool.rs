@@ -48,6 +48,9 @@ use super::waiters::Commit;
 /// thousands of pools.
 const FILE_LOCKS: usize = if cfg!(feature = "shuttle") { 8 } else { 1024 };
 
+/// Most bytes that are read ahead of a stream.
+const AHEAD_MAX: u64 = 2 * 1024 * 1024; // 2 MiB: what a fast disk reads while a guest works on 1
+
 /// What bounds the memory and the queues of an open pool.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Limits {
@@ -65,6 +68,9 @@ pub(crate) struct Limits {
     pub(crate) dirty_nodes: usize,
     /// Runs of changed reference counts above which a checkpoint is due.
     pub(crate) delta_runs: usize,
+    /// Bytes that are read ahead of a stream at most: a sixteenth of the cached blocks, so that
+    /// many streams do not drive out what they read.
+    pub(crate) ahead_bytes: u64,
     /// Staged blocks above which replay destages, together with what it keeps of the journal. More
     /// than otherwise: nothing else is in the caches yet.
     pub(crate) replay_blocks: usize,
@@ -96,7 +102,7 @@ pub struct Pool {
     pub(crate) buffers: BouncePool,
     pub(crate) readers: Arc<Readers>,
     /// Reads data blocks.
-    pub(crate) fetcher: Arc<Fetcher>,
+    pub(crate) fetcher: Fetcher,
     pub(crate) checkpointing: Mutex<()>,
     pub(crate) gate: RwLock<()>,
     file_locks: Vec<RwLock<()>>,
@@ -153,7 +159,7 @@ impl Pool {
             cache,
             buffers,
             readers: Arc::default(),
-            fetcher: Arc::new(fetcher),
+            fetcher,
             checkpointing: Mutex::new(()),
             gate: RwLock::new(()),
             file_locks: (0..FILE_LOCKS).map(|_| RwLock::new(())).collect(),
@@ -415,6 +421,7 @@ fn limits(cache_size: u64, journal_size: u64) -> Limits {
         step_bytes: (pending / 4).clamp(64 * 1024, MIB) as usize,
         dirty_nodes: (cache_size / 8 / BLOCK_SIZE as u64).max(512) as usize,
         delta_runs: (cache_size / 32 / 64).max(4096) as usize,
+        ahead_bytes: (cache_size / 32).min(AHEAD_MAX),
         replay_blocks: ((cache_size / 4 * 3).max(MIB) / BLOCK_SIZE as u64) as usize,
     }
 }
