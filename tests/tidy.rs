@@ -56,9 +56,9 @@ const ENGINE_LAYERS: &[&[&str]] = &[
         "file",
         "read",
     ],
-    &["range", "names", "replay"],
+    &["range", "share", "names", "replay"],
     &["clone_tree", "recover"],
-    &["check", "scrub"],
+    &["check", "scrub", "parts"],
     &["repair"],
 ];
 
@@ -88,7 +88,14 @@ const CONFINED: &[(&str, &[&str], &str)] = &[
     ),
     (
         "parking_lot",
-        &["sync.rs", "device/sim/", "vfs/", "fuse/", "control.rs"],
+        &[
+            "sync.rs",
+            "device/sim/",
+            "vfs/",
+            "fuse/",
+            "control.rs",
+            "sync/watched.rs",
+        ],
         "locks of the engine come from sync, where a model checker can take their place",
     ),
     (

@@ -18,7 +18,7 @@ use crate::device::{BlockDevice, Bounce, BouncePool, QueuedRead};
 use crate::error::{Error, Result};
 use crate::ondisk::{Page, crc32c};
 use crate::sync::atomic::{AtomicUsize, Ordering};
-use crate::sync::{Condvar, Mutex};
+use crate::sync::{Condvar, Mutex, ranked};
 use crate::units::BLOCK_SIZE;
 
 use super::cache::{BlockCache, Look, Pin, Waiter};
@@ -194,7 +194,7 @@ impl Fetcher {
                 buffers: buffers.clone(),
                 counters: Arc::clone(counters),
                 busy: AtomicUsize::new(0),
-                used: Mutex::new(0),
+                used: ranked::mutex(8, 0),
                 freed: Condvar::new(),
             }),
         }
@@ -238,12 +238,15 @@ impl Fetcher {
             how,
             keep,
             left: AtomicUsize::new(1),
-            state: Mutex::new(State {
-                pages: Vec::new(),
-                parts: Vec::new(),
-                error: None,
-                end: Some((done, pin, room)),
-            }),
+            state: ranked::mutex(
+                8,
+                State {
+                    pages: Vec::new(),
+                    parts: Vec::new(),
+                    error: None,
+                    end: Some((done, pin, room)),
+                },
+            ),
         });
         let mut ours = Vec::with_capacity(wants.len());
         for want in wants {

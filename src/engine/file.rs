@@ -341,8 +341,7 @@ impl Pool {
             for block in extent.block..extent.end() {
                 self.cache.remove(block); // I1 of the cache
             }
-            self.device_write(extent.block, bytes)?;
-            let sums = bytes.chunks_exact(BLOCK_SIZE).map(crc32c).collect();
+            let sums = self.write_copied(extent.block, bytes)?;
             records.push(Record::Map {
                 ino,
                 block: at,
@@ -352,6 +351,27 @@ impl Pool {
             i += len;
         }
         Ok(records)
+    }
+
+    /// Writes blocks from `first` of the pool on, and returns their checksums. The bytes of
+    /// a request lie anywhere in memory: they are copied to where direct I/O takes them, and each
+    /// block is summed up while the processor still has it at hand.
+    fn write_copied(&self, first: u64, bytes: &[u8]) -> Result<Vec<u32>> {
+        let mut sums = Vec::with_capacity(bytes.len() / BLOCK_SIZE);
+        let mut at = first;
+        for piece in bytes.chunks(self.buffers.chunk_max()) {
+            let mut buffer = self.buffers.take(piece.len());
+            for (to, from) in buffer
+                .chunks_exact_mut(BLOCK_SIZE)
+                .zip(piece.chunks_exact(BLOCK_SIZE))
+            {
+                to.copy_from_slice(from);
+                sums.push(crc32c(to));
+            }
+            self.device_write(at, &buffer)?;
+            at += (piece.len() / BLOCK_SIZE) as u64;
+        }
+        Ok(sums)
     }
 
     /// Allocates `count` blocks, in as few runs as there are.

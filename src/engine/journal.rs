@@ -13,7 +13,7 @@
 use std::collections::VecDeque;
 use std::sync::Arc;
 
-use crate::device::BlockDevice;
+use crate::device::{BlockDevice, BouncePool};
 use crate::error::{Error, Kind, Result};
 use crate::ondisk::journal::{BATCH_RECORDS, BatchHeader};
 use crate::ondisk::record::Record;
@@ -70,6 +70,8 @@ pub(crate) struct Journal {
     /// skipped before it.
     live: VecDeque<(u64, u64)>,
     used: u64,
+    /// For what is written: a part of a batch at a time.
+    buffers: BouncePool,
     ahead: Ahead,
 }
 
@@ -135,6 +137,7 @@ impl Journal {
             head: superblock.journal_pos,
             live: VecDeque::new(),
             used: 0,
+            buffers: BouncePool::default(),
             ahead: Ahead::default(),
         }
     }
@@ -189,8 +192,8 @@ impl Journal {
     /// ring unknown.
     pub(crate) fn append(&mut self, batch: &Batch) -> Result<()> {
         self.ahead = Ahead::default(); // what it holds is going to change
-        let (mut buffer, mut header) = encode(self.pool, self.seq, batch);
-        let blocks = buffer.len() as u64 / BLOCK;
+        let (mut head, pages, mut header) = encode(self.pool, self.seq, batch);
+        let blocks = header.blocks();
         let skipped = if self.head + blocks > self.blocks {
             self.blocks - self.head
         } else {
@@ -202,14 +205,9 @@ impl Journal {
         );
         let at = if skipped > 0 { 0 } else { self.head };
         header.block = at;
-        header.encode(
-            &mut buffer[..(header.head_blocks() * BLOCK) as usize],
-            &self.key,
-        );
-        let failed = |what: &str, source| Error::io(format!("cannot {what} the journal"), source);
-        self.device
-            .write_at((self.start + at) * BLOCK, &buffer)
-            .map_err(|source| failed("write", source))?;
+        header.encode(&mut head, &self.key);
+        self.write(at, &head, &pages)
+            .map_err(|source| Error::io("cannot write the journal", source))?;
         // Whatever the reason: what the device has of it is unknown.
         self.syncs
             .sync(&*self.device)
@@ -218,6 +216,27 @@ impl Journal {
         self.used += blocks + skipped;
         self.head = (at + blocks) % self.blocks;
         self.seq += 1;
+        Ok(())
+    }
+
+    /// Writes a batch at block `at` of the ring, in pieces.
+    fn write(&self, at: u64, head: &[u8], pages: &[&Page]) -> std::io::Result<()> {
+        let whole = head.len() + pages.len() * BLOCK_SIZE;
+        let mut blocks = head
+            .chunks_exact(BLOCK_SIZE)
+            .chain(pages.iter().map(|page| &page[..]));
+        let mut done = 0;
+        while done < whole {
+            let mut buffer = self
+                .buffers
+                .take((whole - done).min(self.buffers.chunk_max()));
+            for (place, block) in buffer.chunks_exact_mut(BLOCK_SIZE).zip(blocks.by_ref()) {
+                place.copy_from_slice(block);
+            }
+            self.device
+                .write_at((self.start + at) * BLOCK + done as u64, &buffer)?;
+            done += buffer.len();
+        }
         Ok(())
     }
 
@@ -448,11 +467,11 @@ impl Ahead {
     }
 }
 
-/// The bytes of a batch: room for the header, records, padding, then the data blocks; and the
-/// header, which lacks the place.
-fn encode(pool: u64, seq: u64, batch: &Batch) -> (Vec<u8>, BatchHeader) {
+/// A batch: room for the header, with records and padding; the data blocks; and the header, which
+/// lacks the place.
+fn encode(pool: u64, seq: u64, batch: &Batch) -> (Vec<u8>, Vec<&Page>, BatchHeader) {
     let mut bytes = vec![0; BATCH_RECORDS];
-    let mut data = Vec::new();
+    let mut data: Vec<&Page> = Vec::new();
     for item in &batch.items {
         match item {
             Pending::Block(ino, block, staged) => match &staged.data {
@@ -488,8 +507,5 @@ fn encode(pool: u64, seq: u64, batch: &Batch) -> (Vec<u8>, BatchHeader) {
         block: 0,
     };
     bytes.resize((header.head_blocks() * BLOCK) as usize, 0);
-    bytes.reserve_exact(data.len() * BLOCK_SIZE);
-    data.into_iter()
-        .for_each(|page| bytes.extend_from_slice(&page[..]));
-    (bytes, header)
+    (bytes, data, header)
 }

@@ -13,7 +13,8 @@
 //!   a place), `journal` (the ring), `apply` (what each record does),
 //!   `salvage` (which records still have something to act on);
 //! - procedures: `pool` (locks and limits), `host` (a host without space), `commit` (group commit),
-//!   `file`, `read`, `range`, `names`, `clone_tree` (what callers ask for), `destage`, `checkpoint`, `grow`,
+//!   `file`, `read`, `range`, `share`, `names`, `clone_tree` (what callers ask for), `destage`,
+//!   `checkpoint`, `grow`,
 //!   `replay`, `recover`, `worker`, `check`, `scrub`, `repair`.
 
 mod ahead;
@@ -38,6 +39,8 @@ mod meta;
 mod names;
 mod namespace;
 mod nodes;
+#[cfg(feature = "shuttle")]
+pub mod parts;
 mod pool;
 mod range;
 mod read;
@@ -47,6 +50,7 @@ mod repair;
 mod replay;
 mod salvage;
 mod scrub;
+mod share;
 mod slots;
 mod space;
 mod stage;
@@ -61,6 +65,7 @@ pub use fetch::ReadBytes;
 pub use heartbeat::{BEAT_INTERVAL, Heartbeat, Identity, refuse_active};
 pub use pool::Pool;
 pub use scrub::{DamagedFile, Scrub, ScrubOptions, ScrubPhase, ScrubState, ScrubStatus};
+pub use share::{Extents, Share};
 pub use types::{
     Action, Attr, CheckCounts, CheckOptions, CheckReport, CreateOptions, DirEntry, FileKind,
     FilePlace, FileUsage, Finding, Health, NewNode, OpenOptions, Origin, PoolInfo, RenameMode,

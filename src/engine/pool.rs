@@ -1,7 +1,7 @@
 //! The pool: what an open one consists of, its locks, its limits, and what happens when the
 //! device fails.
 //!
-//! Lock order; a thread takes them only downwards:
+//! Lock order; a thread takes them only downwards (builds with assertions watch it, `sync.rs`):
 //!
 //! | rank | lock | held for |
 //! |---|---|---|
@@ -27,6 +27,7 @@ use crate::device::{BlockDevice, BouncePool};
 use crate::error::{Error, Kind, Result};
 use crate::ondisk::superblock::{FLAG_CLEAN, FLAG_EXTERNAL_JOURNAL, SB_VERSION, Superblock};
 use crate::sync::atomic::{AtomicBool, Ordering};
+use crate::sync::ranked;
 use crate::sync::thread::JoinHandle;
 use crate::sync::{Condvar, Mutex, RwLock, RwLockReadGuard, RwLockWriteGuard};
 use crate::units::{BLOCK_SIZE, Ino};
@@ -83,6 +84,8 @@ pub(crate) struct Wake {
     pub(crate) checkpoint: bool,
     /// The commit thread should lead for those who wait.
     pub(crate) commit: bool,
+    /// Much waits for the journal: the commit thread should commit, whoever waits.
+    pub(crate) commit_early: bool,
     /// The commit thread ends.
     pub(crate) stop_commit: bool,
     /// The worker ends.
@@ -160,28 +163,28 @@ impl Pool {
             buffers,
             readers: Arc::default(),
             fetcher,
-            checkpointing: Mutex::new(()),
-            gate: RwLock::new(()),
-            file_locks: (0..FILE_LOCKS).map(|_| RwLock::new(())).collect(),
-            destaging: Mutex::new(()),
-            stage: Mutex::new(Stage::new(counters.clone())),
+            checkpointing: ranked::mutex(1, ()),
+            gate: ranked::rw_lock(2, ()),
+            file_locks: (0..FILE_LOCKS).map(|_| ranked::rw_lock(3, ())).collect(),
+            destaging: ranked::mutex(4, ()),
+            stage: ranked::mutex(7, Stage::new(counters.clone())),
             counters,
-            meta: RwLock::new(meta),
-            journal: Mutex::new(journal),
+            meta: ranked::rw_lock(5, meta),
+            journal: ranked::mutex(6, journal),
             commit: Commit::default(),
-            superblock: Mutex::new(superblock),
-            unfinished: Mutex::new(None),
+            superblock: ranked::mutex(8, superblock),
+            unfinished: ranked::mutex(8, None),
             host: HostState::default(),
             poisoned: AtomicBool::new(false),
-            poison: Mutex::new(None),
+            poison: ranked::mutex(8, None),
             closed: AtomicBool::new(false),
-            wake: Mutex::new(Wake::default()),
+            wake: ranked::mutex(8, Wake::default()),
             wake_signal: Condvar::new(),
             relief: Condvar::new(),
             workers: Mutex::new(Vec::new()),
             threaded: AtomicBool::new(false),
-            replayed: Mutex::new(Replayed::default()),
-            heartbeat: Mutex::new(None),
+            replayed: ranked::mutex(8, Replayed::default()),
+            heartbeat: ranked::mutex(8, None),
             device,
         }
     }
@@ -255,11 +258,14 @@ impl Pool {
     pub fn health(&self) -> Health {
         let heartbeat = self.heartbeat.lock().clone();
         let (beats, beat_age_ms) = heartbeat.map_or((0, 0), |heartbeat| heartbeat.state());
-        let damaged = self.counters.damaged.load(Ordering::Relaxed);
+        // One lock after the other: a guard within the expression below would live to its end.
+        let replayed = *self.replayed.lock();
+        let unsynced_ms = self.stage.lock().unsynced_ms();
+        let nodes = self.meta.read().damaged_nodes();
         Health {
-            replayed: *self.replayed.lock(),
-            unsynced_ms: self.stage.lock().unsynced_ms(),
-            damaged_reads: damaged + self.meta.read().damaged_nodes(),
+            replayed,
+            unsynced_ms,
+            damaged_reads: self.counters.damaged.load(Ordering::Relaxed) + nodes,
             beats,
             beat_age_ms,
         }

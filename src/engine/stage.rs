@@ -392,6 +392,10 @@ impl Stage {
             if only.is_some_and(|only| only.0 != *ino) {
                 continue;
             }
+            if file.frozen.is_empty() {
+                file.frozen = std::mem::take(&mut file.active);
+                continue;
+            }
             for (block, staged) in std::mem::take(&mut file.active) {
                 if file.frozen.insert(block, staged).is_some() {
                     replaced += 1;
@@ -419,13 +423,14 @@ impl Stage {
         }
     }
 
-    /// The frozen blocks of a file, in order.
-    pub(crate) fn frozen(&self, ino: Ino) -> Vec<(u64, Staged)> {
+    /// The first `most` frozen blocks of a file from `from` on, in order.
+    pub(crate) fn frozen(&self, ino: Ino, from: u64, most: usize) -> Vec<(u64, Staged)> {
         let Some(file) = self.files.get(&ino.0) else {
             return Vec::new();
         };
         file.frozen
-            .iter()
+            .range(from..)
+            .take(most)
             .map(|(at, staged)| (*at, staged.clone()))
             .collect()
     }

@@ -48,6 +48,8 @@ pub struct Qcow2 {
 /// What the tables say of a place.
 enum Cluster {
     Absent,
+    /// No table: this many clusters are absent.
+    NoTable(u64),
     Zero,
     At(u64),
     Packed(u64),
@@ -86,6 +88,7 @@ impl Qcow2 {
             block: 1 << header.cluster_bits,
             sector: SECTOR_SIZE as u32,
             identity: None,
+            version: None,
             creator: String::new(),
             parent,
             notes: header.notes.clone(),
@@ -143,7 +146,7 @@ impl Qcow2 {
         let l1_entry = self.pages.u64_be(self.l1 + index / per_table * 8)?;
         let table = self.aligned(l1_entry)?;
         if table == 0 {
-            return Ok(Cluster::Absent);
+            return Ok(Cluster::NoTable(per_table - index % per_table));
         }
         check_range(self.pages.len(), table, self.cluster_size())?;
         let width = if self.header.extended { 16 } else { 8 };
@@ -263,7 +266,8 @@ impl Layer for Qcow2 {
     fn run(&self, offset: u64, most: u64) -> Result<Run> {
         let size = self.cluster_size();
         let inside = offset % size;
-        let most = most.min(size - inside).min(self.facts.size - offset);
+        let wanted = most.min(self.facts.size - offset);
+        let most = wanted.min(size - inside);
         let data = self.sources.len() - 1;
         let place = |host: u64, len: u64| {
             check_range(self.sources[data].len(), host + inside, len)?;
@@ -274,6 +278,7 @@ impl Layer for Qcow2 {
         };
         let (len, content) = match self.cluster(offset)? {
             Cluster::Absent => (most, Content::Absent),
+            Cluster::NoTable(count) => (wanted.min(count * size - inside), Content::Absent),
             Cluster::Zero => (most, Content::Zero),
             Cluster::Packed(_) => (most, Content::Packed),
             Cluster::At(host) => (most, place(host, most)?),
