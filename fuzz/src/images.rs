@@ -55,7 +55,8 @@ impl Sink for ToVec<'_> {
         self.bytes[at..at + bytes.len()].copy_from_slice(bytes);
         // Fields that are zero stand beside some that are not.
         let near = |i: &usize| (i.saturating_sub(8)..bytes.len().min(i + 8)).any(|k| bytes[k] != 0);
-        self.places.extend((0..bytes.len()).filter(near).map(|i| at + i));
+        self.places
+            .extend((0..bytes.len()).filter(near).map(|i| at + i));
         Ok(())
     }
 
@@ -114,7 +115,9 @@ fn template(shape: Shape, child: bool) -> Template {
 
 /// All shapes, whole ones and children.
 static TEMPLATES: LazyLock<Vec<Template>> = LazyLock::new(|| {
-    let all = SHAPES.iter().flat_map(|shape| [template(*shape, false), template(*shape, true)]);
+    let all = SHAPES
+        .iter()
+        .flat_map(|shape| [template(*shape, false), template(*shape, true)]);
     all.collect()
 });
 
@@ -135,14 +138,25 @@ pub fn image(data: &[u8]) {
         let at = template.places[choose.below(1 << 16) as usize % template.places.len()];
         match what {
             0 => {
-                let len = choose.below(1 << 16) as usize * bytes.len() >> 16;
+                let len = (choose.below(1 << 16) as usize * bytes.len()) >> 16;
                 bytes.truncate(len.max(1));
             }
-            1 => bytes.resize((bytes.len() + choose.below(1 << 16) as usize).min(LEN_MAX), 0),
+            1 => bytes.resize(
+                (bytes.len() + choose.below(1 << 16) as usize).min(LEN_MAX),
+                0,
+            ),
             2 => repair = false,
             3..=7 => set(&mut bytes, at, &[choose.below(256) as u8]),
-            8 | 9 => set(&mut bytes, at, &(choose.below(1 << 16) as u16).to_be_bytes()),
-            10 | 11 => set(&mut bytes, at / 4 * 4, &(choose.below(1 << 32) as u32).to_le_bytes()),
+            8 | 9 => set(
+                &mut bytes,
+                at,
+                &[choose.below(256) as u8, choose.below(256) as u8],
+            ),
+            10 | 11 => set(
+                &mut bytes,
+                at / 4 * 4,
+                &(choose.below(1 << 32) as u32).to_le_bytes(),
+            ),
             12 => set(&mut bytes, at / 8 * 8, &choose.any().to_le_bytes()),
             13 => set(&mut bytes, at / 8 * 8, &[0xff; 8]),
             14 => set(&mut bytes, at / 8 * 8, &[0; 8]),
@@ -285,8 +299,13 @@ fn read(layer: &dyn Layer) {
         if at >= size {
             break;
         }
-        let Ok(run) = layer.run(at, size - at) else { break };
-        assert!(run.len > 0 && run.len <= size - at, "{run:?} at {at} of {size}");
+        let Ok(run) = layer.run(at, size - at) else {
+            break;
+        };
+        assert!(
+            run.len > 0 && run.len <= size - at,
+            "{run:?} at {at} of {size}"
+        );
         if let Content::Data { source, .. } = run.content {
             assert!(source < layer.sources().len());
         }
