@@ -245,7 +245,7 @@ impl Pool {
         let damaged = self.counters.damaged.load(Ordering::Relaxed);
         Health {
             replayed: *self.replayed.lock(),
-            unsynced_ms: self.stage.lock().unsynced_ms(),
+            unsynced_ms: self.unsynced_ms(),
             damaged_reads: damaged + self.meta.read().damaged_nodes(),
             beats,
             beat_age_ms,
