@@ -23,6 +23,7 @@ mod real {
     pub(crate) use std::sync::atomic;
     pub(crate) use std::sync::mpsc;
     pub(crate) use std::thread;
+    pub(crate) use std::thread_local as local;
     pub(crate) use std::time::Instant;
 
     #[cfg(not(debug_assertions))]

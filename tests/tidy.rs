@@ -28,6 +28,7 @@ const LAYERS: &[&[&str]] = &[
 const ENGINE_LAYERS: &[&[&str]] = &[
     &["types", "delta", "counters", "slots"],
     &[
+        "ahead",
         "nodes",
         "space",
         "cache",

@@ -18,7 +18,7 @@ use lru::LruCache;
 use crate::error::{Error, Result};
 use crate::ondisk::Page;
 use crate::sync::atomic::{AtomicU64, Ordering};
-use crate::sync::{Mutex, thread};
+use crate::sync::{Mutex, ranked, thread};
 
 /// Shards of the cache, so that readers seldom meet.
 const SHARDS: usize = 16;
@@ -65,7 +65,7 @@ impl BlockCache {
             loading: HashMap::new(),
         };
         Self {
-            shards: (0..SHARDS).map(|_| Mutex::new(shard())).collect(),
+            shards: (0..SHARDS).map(|_| ranked::mutex(8, shard())).collect(),
         }
     }
 

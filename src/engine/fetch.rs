@@ -18,7 +18,7 @@ use crate::device::{BlockDevice, Bounce, BouncePool, QueuedRead};
 use crate::error::{Error, Result};
 use crate::ondisk::{Page, crc32c};
 use crate::sync::atomic::{AtomicUsize, Ordering};
-use crate::sync::{Condvar, Mutex};
+use crate::sync::{Condvar, Mutex, ranked};
 use crate::units::BLOCK_SIZE;
 
 use super::cache::{BlockCache, Look, Pin, Waiter};
@@ -137,6 +137,24 @@ fn pieces(wants: Vec<Want>, gap_max: u64, len_max: u64) -> Vec<Piece> {
 #[derive(Debug)]
 pub(crate) struct Fetcher {
     device: Arc<dyn BlockDevice>,
+    desk: Arc<Desk>,
+}
+
+/// How a request is read.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum How {
+    /// The caller is going to wait for it.
+    Waits,
+    /// The caller goes on.
+    Later,
+    /// Nobody wants the bytes yet: they go into the cache, or nothing is done if much else is being
+    /// read.
+    Ahead,
+}
+
+/// What requests under way share. They do not hold the device: it can go as soon as the pool does.
+#[derive(Debug)]
+struct Desk {
     cache: Arc<BlockCache>,
     buffers: BouncePool,
     counters: Arc<Counters>,
@@ -150,14 +168,14 @@ pub(crate) struct Fetcher {
 /// Room that a request has.
 #[derive(Debug)]
 struct Room {
-    fetcher: Arc<Fetcher>,
+    desk: Arc<Desk>,
     bytes: usize,
 }
 
 impl Drop for Room {
     fn drop(&mut self) {
-        *self.fetcher.used.lock() -= self.bytes;
-        self.fetcher.freed.notify_all();
+        *self.desk.used.lock() -= self.bytes;
+        self.desk.freed.notify_all();
     }
 }
 
@@ -171,15 +189,101 @@ impl Fetcher {
     ) -> Self {
         Self {
             device: Arc::clone(device),
-            cache: Arc::clone(cache),
-            buffers: buffers.clone(),
-            counters: Arc::clone(counters),
-            busy: AtomicUsize::new(0),
-            used: Mutex::new(0),
-            freed: Condvar::new(),
+            desk: Arc::new(Desk {
+                cache: Arc::clone(cache),
+                buffers: buffers.clone(),
+                counters: Arc::clone(counters),
+                busy: AtomicUsize::new(0),
+                used: ranked::mutex(8, 0),
+                freed: Condvar::new(),
+            }),
         }
     }
 
+    /// True if something can be read that nobody waits for.
+    pub(crate) fn can_read_ahead(&self) -> bool {
+        self.device.queue().is_some()
+    }
+
+    /// Reads what a request wants, and calls `done`: before this returns, or later from another
+    /// thread.
+    pub(crate) fn fetch(&self, request: Request, how: How, done: Done) {
+        let Request {
+            range,
+            mut pages,
+            wants,
+            keep,
+            pin,
+        } = request;
+        let desk = &self.desk;
+        if wants.is_empty() {
+            return done(Ok(match how {
+                How::Ahead => ReadBytes::none(),
+                How::Waits | How::Later => desk.assemble(&range, pages, Vec::new()),
+            }));
+        }
+        let queue = self.device.queue();
+        let room = match (how, queue) {
+            (How::Waits, _) | (How::Later, None) => None,
+            (How::Later, Some(_)) => Some(desk.room(wants.len())), // I3
+            (How::Ahead, _) => match desk.room_ahead(wants.len()).filter(|_| queue.is_some()) {
+                Some(room) => Some(room),
+                None => return done(Ok(ReadBytes::none())),
+            },
+        };
+        let alone = desk.busy.fetch_add(1, Ordering::Relaxed) == 0;
+        let job = Arc::new(Job {
+            desk: Arc::clone(desk),
+            range,
+            how,
+            keep,
+            left: AtomicUsize::new(1),
+            state: ranked::mutex(
+                8,
+                State {
+                    pages: Vec::new(),
+                    parts: Vec::new(),
+                    error: None,
+                    end: Some((done, pin, room)),
+                },
+            ),
+        });
+        let mut ours = Vec::with_capacity(wants.len());
+        for want in wants {
+            match desk.look(&job, &want) {
+                Look::Here(page) => pages.push((want.at, Some(page))),
+                Look::Ours => ours.push(want),
+                Look::Theirs => {}
+            }
+        }
+        job.state.lock().pages.append(&mut pages);
+        let len_max = (desk.buffers.chunk_max() / BLOCK_SIZE) as u64;
+        let mut pieces = pieces(ours, self.device.gap_max(), len_max);
+        job.left.fetch_add(pieces.len(), Ordering::SeqCst);
+        // One transfer that somebody waits for, or that nothing else is waiting behind, is quicker
+        // where it is wanted.
+        let here = match queue {
+            None => pieces.len(),
+            Some(_) if how == How::Ahead => 0,
+            Some(queue) if queue.is_ring() => {
+                usize::from(pieces.len() == 1 && (alone || how == How::Waits))
+            }
+            Some(_) => 1.min(pieces.len()),
+        };
+        let here = pieces.split_off(pieces.len() - here);
+        if let (Some(queue), false) = (queue, pieces.is_empty()) {
+            queue.submit(pieces.into_iter().map(|piece| job.queued(piece)));
+        }
+        for piece in here {
+            let mut buffer = desk.buffers.take(piece.len as usize * BLOCK_SIZE);
+            let outcome = self.device.read_at(piece.first * B, &mut buffer);
+            job.arrived(piece, outcome, buffer);
+        }
+        job.step();
+    }
+}
+
+impl Desk {
     fn room(self: &Arc<Self>, blocks: usize) -> Room {
         let bytes = (blocks * BLOCK_SIZE).max(ROOM_MIN);
         let mut used = self.used.lock();
@@ -188,68 +292,31 @@ impl Fetcher {
         }
         *used += bytes;
         Room {
-            fetcher: Arc::clone(self),
+            desk: Arc::clone(self),
             bytes,
         }
     }
 
-    /// Reads what a request wants, and calls `done`: before this returns, or later from another
-    /// thread. `waits`: the caller is going to wait for it.
-    pub(crate) fn fetch(self: &Arc<Self>, request: Request, waits: bool, done: Done) {
-        let Request {
-            range,
-            mut pages,
-            wants,
-            keep,
-            pin,
-        } = request;
-        if wants.is_empty() {
-            return done(Ok(self.assemble(&range, pages, Vec::new())));
+    /// Room for what is read ahead: half of it all is for those who wait.
+    fn room_ahead(self: &Arc<Self>, blocks: usize) -> Option<Room> {
+        let bytes = (blocks * BLOCK_SIZE).max(ROOM_MIN);
+        let mut used = self.used.lock();
+        if *used + bytes > ROOM / 2 {
+            return None;
         }
-        let queue = self.device.queue();
-        let room = queue.filter(|_| !waits).map(|_| self.room(wants.len())); // I3
-        let alone = self.busy.fetch_add(1, Ordering::Relaxed) == 0;
-        let job = Arc::new(Job {
-            fetcher: Arc::clone(self),
-            range,
-            keep,
-            left: AtomicUsize::new(1),
-            state: Mutex::new(State {
-                pages: Vec::new(),
-                parts: Vec::new(),
-                error: None,
-                end: Some((done, pin, room)),
-            }),
-        });
-        let mut ours = Vec::with_capacity(wants.len());
-        for want in wants {
-            match self.cache.look(want.block, || job.waiter(want.at)) {
-                Look::Here(page) => pages.push((want.at, Some(page))),
-                Look::Ours => ours.push(want),
-                Look::Theirs => {}
-            }
+        *used += bytes;
+        Some(Room {
+            desk: Arc::clone(self),
+            bytes,
+        })
+    }
+
+    /// Looks for a block. Nobody waits for what is read ahead.
+    fn look(&self, job: &Arc<Job>, want: &Want) -> Look {
+        match job.how {
+            How::Ahead => self.cache.look(want.block, || Box::new(|_| {})),
+            How::Waits | How::Later => self.cache.look(want.block, || job.waiter(want.at)),
         }
-        job.state.lock().pages.append(&mut pages);
-        let len_max = (self.buffers.chunk_max() / BLOCK_SIZE) as u64;
-        let mut pieces = pieces(ours, self.device.gap_max(), len_max);
-        job.left.fetch_add(pieces.len(), Ordering::SeqCst);
-        // One transfer that somebody waits for, or that nothing else is waiting behind, is quicker
-        // where it is wanted.
-        let here = match queue {
-            None => pieces.len(),
-            Some(queue) if queue.is_ring() => usize::from(pieces.len() == 1 && (alone || waits)),
-            Some(_) => 1.min(pieces.len()),
-        };
-        let here = pieces.split_off(pieces.len() - here);
-        if let (Some(queue), false) = (queue, pieces.is_empty()) {
-            queue.submit(pieces.into_iter().map(|piece| job.queued(piece)));
-        }
-        for piece in here {
-            let mut buffer = self.buffers.take(piece.len as usize * BLOCK_SIZE);
-            let outcome = self.device.read_at(piece.first * B, &mut buffer);
-            job.arrived(piece, outcome, buffer);
-        }
-        job.step();
     }
 
     /// Puts the range together.
@@ -347,8 +414,9 @@ fn overlay(out: &mut [u8], start: u64, at: u64, bytes: Option<&[u8]>) {
 /// A request under way.
 #[derive(Debug)]
 struct Job {
-    fetcher: Arc<Fetcher>,
+    desk: Arc<Desk>,
     range: Range<u64>,
+    how: How,
     keep: bool,
     /// Pieces and blocks of others that have yet to arrive, and one for whoever starts it.
     left: AtomicUsize,
@@ -389,14 +457,14 @@ impl Job {
         let job = Arc::clone(self);
         QueuedRead {
             addr: piece.first * B,
-            buffer: self.fetcher.buffers.take(piece.len as usize * BLOCK_SIZE),
+            buffer: self.desk.buffers.take(piece.len as usize * BLOCK_SIZE),
             done: Box::new(move |outcome, buffer| job.arrived(piece, outcome, buffer)),
         }
     }
 
     /// Checks what was read, and tells those who wait for it.
     fn arrived(&self, piece: Piece, outcome: std::io::Result<()>, buffer: Bounce) {
-        let cache = &self.fetcher.cache;
+        let cache = &self.desk.cache;
         if let Err(source) = outcome {
             let what = format!("cannot read the pool: block={}", piece.first);
             let error = Error::io(what, source);
@@ -408,13 +476,14 @@ impl Job {
         }
         let mut damage = None;
         for want in &piece.wants {
-            let checked = check_sum(&self.fetcher.counters, want, piece.bytes(&buffer, want));
+            let checked = check_sum(&self.desk.counters, want, piece.bytes(&buffer, want));
             cache.loaded(want.block, checked.as_ref().copied(), self.keep);
             if let Err(error) = checked {
                 damage.get_or_insert(error);
             }
         }
         match damage {
+            None if self.how == How::Ahead => drop(buffer),
             None => self.state.lock().parts.push((piece, buffer)),
             Some(error) => self.failed(error),
         }
@@ -430,7 +499,7 @@ impl Job {
         if self.left.fetch_sub(1, Ordering::SeqCst) > 1 {
             return;
         }
-        self.fetcher.busy.fetch_sub(1, Ordering::Relaxed);
+        self.desk.busy.fetch_sub(1, Ordering::Relaxed);
         let (pages, parts, error, end) = {
             let state = &mut *self.state.lock();
             (
@@ -446,7 +515,8 @@ impl Job {
         drop(pin); // I2
         done(match error {
             Some(error) => Err(error),
-            None => Ok(self.fetcher.assemble(&self.range, pages, parts)),
+            None if self.how == How::Ahead => Ok(ReadBytes::none()),
+            None => Ok(self.desk.assemble(&self.range, pages, parts)),
         });
         drop(room);
     }

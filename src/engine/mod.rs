@@ -5,7 +5,8 @@
 //!
 //! - structures: `nodes` (clean tree nodes), `delta` (changed reference counts), `counters` (how
 //!   much is free and promised), `slots` (superblocks), `space` (free blocks), `refusals` (of the
-//!   host), `cache` (data blocks), `fetch` (reads them), `waiters` (of a
+//!   host), `cache` (data blocks), `fetch` (reads them), `ahead` (streams),
+//!   `waiters` (of a
 //!   group commit), `heartbeat` (no second host), `syncs` (of the device), `meta` (the trees and their
 //!   dirty nodes), `tree` (the B+tree);
 //! - meanings: `extents` (maps of files), `namespace` (inodes and names), `stage` (blocks without
@@ -16,6 +17,7 @@
 //!   `checkpoint`, `grow`,
 //!   `replay`, `recover`, `worker`, `check`, `scrub`, `repair`.
 
+mod ahead;
 mod apply;
 mod cache;
 mod check;
@@ -58,6 +60,7 @@ mod types;
 mod waiters;
 mod worker;
 
+pub use ahead::Stream;
 pub use fetch::ReadBytes;
 pub use heartbeat::{BEAT_INTERVAL, Heartbeat, Identity, refuse_active};
 pub use pool::Pool;

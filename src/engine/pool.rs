@@ -49,6 +49,9 @@ use super::waiters::Commit;
 /// thousands of pools.
 const FILE_LOCKS: usize = if cfg!(feature = "shuttle") { 8 } else { 1024 };
 
+/// Most bytes that are read ahead of a stream.
+const AHEAD_MAX: u64 = 2 * 1024 * 1024; // 2 MiB: what a fast disk reads while a guest works on 1
+
 /// What bounds the memory and the queues of an open pool.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Limits {
@@ -66,6 +69,9 @@ pub(crate) struct Limits {
     pub(crate) dirty_nodes: usize,
     /// Runs of changed reference counts above which a checkpoint is due.
     pub(crate) delta_runs: usize,
+    /// Bytes that are read ahead of a stream at most: a sixteenth of the cached blocks, so that
+    /// many streams do not drive out what they read.
+    pub(crate) ahead_bytes: u64,
     /// Staged blocks above which replay destages, together with what it keeps of the journal. More
     /// than otherwise: nothing else is in the caches yet.
     pub(crate) replay_blocks: usize,
@@ -99,7 +105,7 @@ pub struct Pool {
     pub(crate) buffers: BouncePool,
     pub(crate) readers: Arc<Readers>,
     /// Reads data blocks.
-    pub(crate) fetcher: Arc<Fetcher>,
+    pub(crate) fetcher: Fetcher,
     pub(crate) checkpointing: Mutex<()>,
     pub(crate) gate: RwLock<()>,
     file_locks: Vec<RwLock<()>>,
@@ -156,7 +162,7 @@ impl Pool {
             cache,
             buffers,
             readers: Arc::default(),
-            fetcher: Arc::new(fetcher),
+            fetcher,
             checkpointing: ranked::mutex(1, ()),
             gate: ranked::rw_lock(2, ()),
             file_locks: (0..FILE_LOCKS).map(|_| ranked::rw_lock(3, ())).collect(),
@@ -254,7 +260,7 @@ impl Pool {
         let (beats, beat_age_ms) = heartbeat.map_or((0, 0), |heartbeat| heartbeat.state());
         // One lock after the other: a guard within the expression below would live to its end.
         let replayed = *self.replayed.lock();
-        let unsynced_ms = self.stage.lock().unsynced_ms();
+        let unsynced_ms = self.unsynced_ms();
         let nodes = self.meta.read().damaged_nodes();
         Health {
             replayed,
@@ -421,6 +427,7 @@ fn limits(cache_size: u64, journal_size: u64) -> Limits {
         step_bytes: (pending / 4).clamp(64 * 1024, MIB) as usize,
         dirty_nodes: (cache_size / 8 / BLOCK_SIZE as u64).max(512) as usize,
         delta_runs: (cache_size / 32 / 64).max(4096) as usize,
+        ahead_bytes: (cache_size / 32).min(AHEAD_MAX),
         replay_blocks: ((cache_size / 4 * 3).max(MIB) / BLOCK_SIZE as u64) as usize,
     }
 }

@@ -118,7 +118,7 @@ impl Pool {
             wake.commit_early = false;
             drop(wake);
             until = Instant::now() + COMMIT_INTERVAL;
-            if !self.stage.lock().is_clean()
+            if self.is_unsynced()
                 && let Err(error) = self.sync()
             {
                 log::debug!("cannot commit: {error}"); // said once, when the pool was poisoned

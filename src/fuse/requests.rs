@@ -23,7 +23,8 @@ use super::convert::{
     caller, file_type, fopen_flags, handle, ino, is_direct, is_sync, node_kind, open_flags, time,
 };
 use crate::control;
-use crate::engine::{FileKind, RenameMode, XattrMode};
+use crate::engine::{FileKind, ReadBytes, RenameMode, XattrMode};
+use crate::error::Result;
 use crate::units::BLOCK_SIZE;
 use crate::units::SECTOR_SIZE;
 use crate::vfs::{Allocate, Change, NAME_BYTES_MAX, NewInode, Seek};
@@ -249,7 +250,7 @@ impl Filesystem for Adapter {
         &self,
         _request: &Request,
         inode: INodeNo,
-        _handle: FileHandle,
+        file: FileHandle,
         offset: u64,
         size: u32,
         flags: OpenFlags,
@@ -260,11 +261,17 @@ impl Filesystem for Adapter {
             return reply.error(fuser::Errno::EINVAL);
         }
         let errors = self.errors.clone();
-        self.vfs
-            .read_with(ino(inode), offset, size as usize, move |read| match read {
+        let done = move |read: Result<ReadBytes>| {
+            let read = read.map_err(|error| errors.errno("read", inode.0, &error));
+            // Nothing of the pool is held any more once the kernel may unmount.
+            drop(errors);
+            match read {
                 Ok(bytes) => reply.data(&bytes),
-                Err(error) => reply.error(errors.errno("read", inode.0, &error)),
-            });
+                Err(errno) => reply.error(errno),
+            }
+        };
+        let (file, size) = (handle(file), size as usize);
+        self.vfs.read_with(file, ino(inode), offset, size, done);
     }
 
     fn write(

@@ -37,16 +37,19 @@ impl Vfs {
         self.pool.read(ino, offset, len, out)
     }
 
-    /// Reads as [`read`](Self::read) does, and calls `done` with the outcome: before this returns,
+    /// Reads by an open handle as [`read`](Self::read) does, and calls `done` with the outcome: before this returns,
     /// or later from a thread that must not be made to wait for another read.
     pub fn read_with(
         &self,
+        handle: HandleId,
         ino: Ino,
         offset: u64,
         len: usize,
         done: impl FnOnce(Result<ReadBytes>) + Send + 'static,
     ) {
-        self.pool.read_with(ino, offset, len, done);
+        let handle = self.handle_of(handle, ino);
+        let stream = handle.as_ref().map(|handle| &handle.stream);
+        self.pool.read_with(ino, offset, len, stream, done);
     }
 
     /// Writes all of `data`. `strip`: the caller may not keep set-id bits of the file.
