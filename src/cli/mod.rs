@@ -12,12 +12,14 @@ mod access;
 mod check;
 mod client;
 mod clone;
+mod convert;
 mod create;
 #[cfg(feature = "fuse")]
 mod daemon;
 mod df;
 mod failure;
 mod grow;
+mod image;
 mod import;
 mod info;
 mod inspect;
@@ -29,6 +31,7 @@ mod mounts;
 mod options;
 mod output;
 mod scrub;
+mod sharing;
 mod size;
 mod target;
 mod tree;
@@ -65,6 +68,7 @@ enum Verb {
     Mount(mount::Mount),
     Umount(umount::Umount),
     Clone(clone::Clone),
+    Convert(convert::Convert),
     Df(df::Df),
     Grow(grow::Grow),
     Import(import::Import),
@@ -78,7 +82,7 @@ enum Verb {
 const GROUPS: &[(&str, &[&str])] = &[
     ("Set up", &["create", "mount", "umount", "grow"]),
     ("Every day", &["clone", "df", "info"]),
-    ("Images", &["import", "inspect"]),
+    ("Images", &["import", "inspect", "convert"]),
     ("Trust", &["check", "scrub"]),
 ];
 
@@ -128,6 +132,7 @@ fn dispatch(cli: &Cli) -> Result<(), Failure> {
         Verb::Mount(args) => mount::run(args, output),
         Verb::Umount(args) => umount::run(args, output),
         Verb::Clone(args) => clone::run(args, output),
+        Verb::Convert(args) => convert::run(args, output),
         Verb::Df(args) => df::run(args, output),
         Verb::Grow(args) => grow::run(args, output),
         Verb::Import(args) => import::run(args, output),

@@ -12,17 +12,19 @@
 
 use std::ops::Range;
 
-use super::chain::Chain;
-use super::{Content, Format, Identity, Uuid, unsupported};
+use super::{Format, Identity, Uuid, unsupported};
 use crate::error::{Error, Result};
 use crate::sys;
 use crate::units::{BLOCK_SIZE, SECTOR_SIZE};
 
+mod held;
 mod qcow2;
 mod vdi;
 mod vhd;
 mod vhdx;
 mod vmdk;
+
+pub use held::{Held, Holes, Piece, Place};
 
 const ALIGN: u64 = BLOCK_SIZE as u64;
 const SECTOR: u64 = SECTOR_SIZE as u64;
@@ -213,28 +215,6 @@ impl Map for Vec<Range<u64>> {
         Ok(self
             .get(index)
             .map(|range| range.start.max(from)..range.end))
-    }
-}
-
-/// What a chain does not read as zeros, as far as its maps tell.
-impl Map for Chain {
-    fn next(&self, from: u64) -> Result<Option<Range<u64>>> {
-        let size = self.size();
-        let mut at = from;
-        while at < size {
-            let (_, run) = self.run(at, size - at)?;
-            if run.content != Content::Zero {
-                let start = (at - at % ALIGN).max(from);
-                let mut end = at + run.len;
-                // As long as it goes on within a block, and while that is cheap to know.
-                while end < size && !end.is_multiple_of(ALIGN) {
-                    end = end.next_multiple_of(ALIGN).min(size);
-                }
-                return Ok(Some(start..end));
-            }
-            at += run.len;
-        }
-        Ok(None)
     }
 }
 

@@ -7,6 +7,7 @@ use std::process::Command;
 use std::sync::Arc;
 
 use super::*;
+use crate::formats::chain::Chain;
 use crate::formats::{FileSource, Layer, probe};
 
 const SHAPES: [Shape; 10] = [
