@@ -13,13 +13,15 @@ use std::os::fd::BorrowedFd;
 
 use serde_json::{Map, Value, json};
 
-use crate::engine::{FileUsage, Health, Replayed, ScrubStatus, Usage};
+use crate::engine::{Extents, FileUsage, Health, Replayed, ScrubStatus, Usage};
 use crate::error::{Error, Kind, Result};
 use crate::sys;
 use crate::vfs::NAME_BYTES_MAX;
 
+mod ranges;
 mod scrub;
 
+pub use ranges::{EXTENTS_MAX, GROUPS_MAX, Look, SHARES_MAX, Shares};
 pub use scrub::{ScrubFindings, ScrubPage, scrub_state_name, scrub_status_value};
 
 /// Bytes of the payload, both ways.
@@ -74,6 +76,15 @@ pub enum Request {
     ScrubStatus,
     /// What it found, from a page on.
     ScrubFindings(ScrubPage),
+    /// Shares ranges of blocks with the open file.
+    Share {
+        /// Where from; `None`: the open file itself.
+        source: Option<Token>,
+        /// Which.
+        ranges: Vec<Shares>,
+    },
+    /// Where the open file has data, or differs from another.
+    Extents(Look),
     /// Makes the pool larger.
     Grow {
         /// Size in bytes; `None`: as large as its device has become.
@@ -115,7 +126,9 @@ pub enum Response {
     Clones(u32),
     /// To [`Request::Usage`].
     Usage(FileUsage),
-    /// To [`Request::Checkpoint`].
+    /// To [`Request::Extents`].
+    Extents(Extents),
+    /// To [`Request::Checkpoint`] and [`Request::Share`].
     Done,
     /// To [`Request::ScrubStart`], [`Request::ScrubStop`] and [`Request::ScrubStatus`].
     Scrub(Box<ScrubStatus>),
@@ -174,6 +187,8 @@ impl Request {
             Request::ScrubFindings(page) => {
                 json!({"op": "scrub_findings", "page": scrub::page_value(*page)})
             }
+            Request::Share { source, ranges } => ranges::shares_value(*source, ranges),
+            Request::Extents(look) => ranges::look_value(look),
             Request::Grow { size } => json!({"op": "grow", "size": size}),
         })
     }
@@ -205,6 +220,11 @@ impl Request {
                 let page = Object::of(object.field("page")?)?;
                 Ok(Request::ScrubFindings(scrub::page_from(&page)?))
             }
+            "share" => {
+                let (source, ranges) = ranges::shares_from(&object)?;
+                Ok(Request::Share { source, ranges })
+            }
+            "extents" => ranges::look_from(&object).map(Request::Extents),
             "grow" => Ok(Request::Grow {
                 size: object.optional_number("size")?,
             }),
@@ -258,7 +278,8 @@ impl Response {
                 exclusive: ok.number("exclusive")?,
                 extents: ok.number("extents")?,
             }),
-            Request::Checkpoint => Response::Done,
+            Request::Checkpoint | Request::Share { .. } => Response::Done,
+            Request::Extents(_) => Response::Extents(ranges::extents_from(&ok)?),
             Request::ScrubStart { .. } | Request::ScrubStop | Request::ScrubStatus => {
                 Response::Scrub(Box::new(scrub::status_from(&ok)?))
             }
@@ -292,6 +313,7 @@ impl Response {
                 json!({"size": size, "mapped": mapped, "exclusive": exclusive, "extents": extents})
             }
             Response::Done => json!({}),
+            Response::Extents(extents) => ranges::extents_value(extents),
             Response::Scrub(status) => scrub_status_value(status),
             Response::ScrubFindings(findings) => findings.to_value(),
             Response::Grown(size) => json!({ "size": size }),
@@ -644,6 +666,15 @@ mod tests {
                 after: 1,
                 paths: 2,
                 others: 3,
+            }),
+            Request::Share {
+                source: None,
+                ranges: Vec::new(),
+            },
+            Request::Extents(Look {
+                from: 0,
+                to: 1,
+                other: None,
             }),
             Request::Grow { size: None },
             Request::Grow {

@@ -5,6 +5,7 @@
 //! - [`error`], [`units`], [`sys`]: errors, units and value types, system calls;
 //! - [`device`], [`ondisk`]: bytes at addresses; bytes to structs and back;
 //! - [`engine`]: the pool: files that share blocks, clones, journal, checkpoints, recovery;
+//! - [`formats`], [`transfer`]: images of other products, and which of them belong together;
 //! - [`vfs`]: what POSIX asks of it: handles, lookups, unlink while open;
 //! - [`fuse`] and [`control`]: the mount, and the channel to a running one.
 //!
@@ -22,5 +23,6 @@ pub mod fuse;
 pub mod ondisk;
 mod sync;
 pub mod sys;
+pub mod transfer;
 pub mod units;
 pub mod vfs;

@@ -1,5 +1,6 @@
 #!/usr/bin/env python3
-"""What a clone costs, and what it does not cost, measured on a mounted pool.
+"""What clones cost, and what they do not cost, measured on a mounted pool. Beside other stores:
+compare.py.
 
 usage: clone.py --nodupe BINARY [--folder DIR] [--extents N] [--gib N] [--depth N] [--skip NAME,...]
 
@@ -15,25 +16,17 @@ Exit code 0 if every target is met.
 import argparse
 import contextlib
 import json
-import mmap
 import os
 import platform
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
 
-BLOCK = 4096
+from stores import BLOCK, Failed, fragment, sh, timed
+
 ROUNDS = 20
 missed = []
-
-
-def sh(*words):
-    done = subprocess.run([str(word) for word in words], capture_output=True, text=True)
-    if done.returncode:
-        raise SystemExit(f"clone: {' '.join(map(str, words))}: exit {done.returncode}\n{done.stderr}")
-    return done.stdout
 
 
 def report(what, value, unit, target=None, at_least=False):
@@ -44,12 +37,6 @@ def report(what, value, unit, target=None, at_least=False):
         if not met:
             missed.append(what)
     print(f"{what:58} {value:10.2f} {unit}{verdict}", flush=True)
-
-
-def timed(*words):
-    started = time.monotonic()
-    sh(*words)
-    return time.monotonic() - started
 
 
 class Bench:
@@ -97,31 +84,11 @@ class Bench:
     # ---- what is cloned ---------------------------------------------------------------------
 
     def make_fragmented(self):
-        """Single blocks at equal distances, written in an order that jumps about."""
-        size, count = self.options.gib << 30, self.options.extents
-        spacing = size // count // BLOCK
-        assert spacing >= 2, "so many extents need a larger file"
-        started, path, writers = time.monotonic(), self.path("fragmented"), []
-        with open(path, "wb") as file:
-            file.truncate(size)
-        stride = 1_000_003  # a prime: no place is written twice
-        assert count % stride
-        for part in range(4):
-            child = os.fork()
-            if child == 0:
-                memory, target = mmap.mmap(-1, BLOCK), os.open(path, os.O_WRONLY | os.O_DIRECT)
-                for number in range(part, count, 4):
-                    memory[:] = (number + 1).to_bytes(8, "little") * (BLOCK // 8)
-                    os.pwrite(target, memory, number * stride % count * spacing * BLOCK)
-                os.fsync(target)
-                os._exit(0)
-            writers.append(child)
-        for child in writers:
-            if os.waitpid(child, 0)[1]:
-                raise SystemExit("clone: a writer failed")
+        started = time.monotonic()
+        fragment(self.path("fragmented"), self.options.gib << 30, self.options.extents)
         # What the map looks like is known after a new mount, with nothing staged.
         self.cold()
-        print(f"fragmented: {self.options.gib} GiB, {count} extents, made in {time.monotonic() - started:.0f} s")
+        print(f"fragmented: {self.options.gib} GiB, {self.options.extents} extents, made in {time.monotonic() - started:.0f} s")
 
     def make_gold(self):
         sh("fio", "--name=gold", f"--filename={self.path('gold')}", "--rw=write", "--bs=1M", "--size=2G", "--direct=1",
@@ -213,16 +180,20 @@ def main():
     print(f"machine: {os.cpu_count()} processors, kernel {platform.release()}, "
           f"{sh('cp', '--version').splitlines()[0]}, {sh(options.nodupe, '--version').strip()}")
     skipped = options.skip.split(",")
-    bench = Bench(options)
+    bench = None
     try:
+        bench = Bench(options)
         if not {"fragmented", "depth", "reading"} <= set(skipped):
             bench.make_fragmented()
         bench.make_gold()
         for name in ("fragmented", "depth", "fleet", "reading"):
             if name not in skipped:
                 getattr(bench, name)()
+    except Failed as error:
+        sys.exit(f"clone: {error}")
     finally:
-        bench.close()
+        if bench:
+            bench.close()
     print("missed: " + "; ".join(missed) if missed else "every target met")
     sys.exit(bool(missed))
 

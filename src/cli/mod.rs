@@ -12,13 +12,17 @@ mod access;
 mod check;
 mod client;
 mod clone;
+mod convert;
 mod create;
 #[cfg(feature = "fuse")]
 mod daemon;
 mod df;
 mod failure;
 mod grow;
+mod image;
+mod import;
 mod info;
+mod inspect;
 mod logging;
 #[cfg(feature = "fuse")]
 mod mount;
@@ -27,6 +31,7 @@ mod mounts;
 mod options;
 mod output;
 mod scrub;
+mod sharing;
 mod size;
 mod target;
 mod tree;
@@ -63,9 +68,12 @@ enum Verb {
     Mount(mount::Mount),
     Umount(umount::Umount),
     Clone(clone::Clone),
+    Convert(convert::Convert),
     Df(df::Df),
     Grow(grow::Grow),
+    Import(import::Import),
     Info(info::Info),
+    Inspect(inspect::Inspect),
     Check(check::Check),
     Scrub(scrub::Scrub),
 }
@@ -74,6 +82,7 @@ enum Verb {
 const GROUPS: &[(&str, &[&str])] = &[
     ("Set up", &["create", "mount", "umount", "grow"]),
     ("Every day", &["clone", "df", "info"]),
+    ("Images", &["import", "inspect", "convert"]),
     ("Trust", &["check", "scrub"]),
 ];
 
@@ -123,9 +132,12 @@ fn dispatch(cli: &Cli) -> Result<(), Failure> {
         Verb::Mount(args) => mount::run(args, output),
         Verb::Umount(args) => umount::run(args, output),
         Verb::Clone(args) => clone::run(args, output),
+        Verb::Convert(args) => convert::run(args, output),
         Verb::Df(args) => df::run(args, output),
         Verb::Grow(args) => grow::run(args, output),
+        Verb::Import(args) => import::run(args, output),
         Verb::Info(args) => info::run(args, output),
+        Verb::Inspect(args) => inspect::run(args, output),
         Verb::Check(args) => check::run(args, output),
         Verb::Scrub(args) => scrub::run(args, output),
     }

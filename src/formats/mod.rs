@@ -20,7 +20,10 @@ use std::sync::Arc;
 
 use crate::error::{Error, Kind, Result};
 
+mod bytes;
 pub mod chain;
+pub mod layout;
+pub mod ova;
 pub mod probe;
 pub mod qcow2;
 pub mod raw;
@@ -50,6 +53,29 @@ pub enum Format {
 }
 
 impl Format {
+    /// All of them.
+    pub const ALL: [Format; 6] = [
+        Format::Raw,
+        Format::Vhd,
+        Format::Vhdx,
+        Format::Vmdk,
+        Format::Qcow2,
+        Format::Vdi,
+    ];
+
+    /// By a name that people or images use: `vhd` and `vpc` are one, in any case.
+    pub fn named(name: &str) -> Option<Self> {
+        Some(match name.to_ascii_lowercase().as_str() {
+            "raw" | "img" | "dd" => Format::Raw,
+            "vhd" | "vpc" | "avhd" => Format::Vhd,
+            "vhdx" | "avhdx" => Format::Vhdx,
+            "vmdk" => Format::Vmdk,
+            "qcow2" | "qcow" => Format::Qcow2,
+            "vdi" => Format::Vdi,
+            _ => return None,
+        })
+    }
+
     /// The word for it on the command line and in messages.
     pub fn name(self) -> &'static str {
         match self {
@@ -139,7 +165,8 @@ pub enum Identity {
 pub struct ParentRef {
     /// What the parent calls itself, if the format stores it.
     pub identity: Option<Identity>,
-    /// Further ids of which any proves the parent: VDI's id of its last change.
+    /// The parent's [`Facts::version`] when the child was made: another one means that the parent
+    /// was changed since.
     pub version: Option<Uuid>,
     /// Names in the order of trust.
     pub names: Vec<String>,
@@ -162,6 +189,8 @@ pub struct Facts {
     pub sector: u32,
     /// What children call it.
     pub identity: Option<Identity>,
+    /// Id of its last change, where the format has one beside the identity.
+    pub version: Option<Uuid>,
     /// Who wrote it, as it says.
     pub creator: String,
     /// The parent of a differencing image.

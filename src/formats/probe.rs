@@ -1,15 +1,17 @@
-//! What an image is: by its first and last bytes, never by its name.
+//! What an image is: by its first and last bytes, and by what its name promises.
 //!
 //! Invariants:
 //!
-//! 1. Only what cannot be the contents of a disk by chance is taken for a format. A file that a
-//!    guest may have written is not probed at all: then the caller names the format.
+//! 1. Only what cannot be the contents of a disk by chance is taken for a format.
+//! 2. A guest writes what it likes into a raw disk, such as the header of another format with
+//!    the name of a file on the host. So where the name of a file and its contents disagree, it is
+//!    refused until the user says what it is.
 
 use std::sync::Arc;
 
 use super::source::read_vec;
-use super::{Format, Layer, Opener, Source, qcow2, raw::Raw, vdi, vhd, vhdx, vmdk};
-use crate::error::Result;
+use super::{Format, Layer, Opener, Source, broken, qcow2, raw::Raw, vdi, vhd, vhdx, vmdk};
+use crate::error::{Error, Kind, Result};
 use crate::ondisk::get_u32;
 
 /// The format of an image. Raw, if it looks like nothing else.
@@ -33,6 +35,57 @@ pub fn probe(source: &dyn Source) -> Result<Format> {
     })
 }
 
+/// The format of an image whose file name ends in `extension`.
+///
+/// # Errors
+/// `Corrupt` if the name promises a format and the contents are not of it; `Invalid` if the name
+/// says raw and the contents look like another format; `Io`.
+pub fn choose(source: &dyn Source, extension: Option<&str>) -> Result<Format> {
+    let found = probe(source)?;
+    let promised = extension.and_then(Format::named);
+    match (promised, found) {
+        (_, Format::Raw) if source.is_empty() => Err(broken("the file is empty")),
+        (Some(promised), Format::Raw) if promised != Format::Raw => Err(broken(format!(
+            "the name says {promised}, and the contents are not: damaged, or cut off"
+        ))),
+        // Ready-made systems come as qcow2 that is named .img.
+        (Some(Format::Raw), Format::Qcow2) if is_alone(source) && extension != Some("raw") => {
+            Ok(found)
+        }
+        (Some(Format::Raw), Format::Vmdk) if extension != Some("raw") && is_sparse(source) => {
+            Ok(found)
+        }
+        (Some(Format::Raw), found) if found != Format::Raw => Err(Error::new(
+            Kind::Invalid,
+            format!(
+                "the name says raw, and the contents look like {found}, which a guest may have \
+                 written: say which it is, --from raw or --from {found}"
+            ),
+        )),
+        (_, found) => Ok(found),
+    }
+}
+
+/// True for version 1 of qcow.
+///
+/// # Errors
+/// `Io`.
+pub fn is_qcow1(source: &dyn Source) -> Result<bool> {
+    let head = read_vec(source, 0, source.len().min(8) as usize)?;
+    Ok(qcow2::is_version_1(&head))
+}
+
+/// True for a qcow2 image that names no other file.
+fn is_alone(source: &dyn Source) -> bool {
+    let head = read_vec(source, 0, source.len().min(104) as usize).unwrap_or_default();
+    head.len() == 104 && head[8..16] == [0; 8] && head[79] & 4 == 0
+}
+
+/// True for a VMDK of one sparse file, which has everything in itself.
+fn is_sparse(source: &dyn Source) -> bool {
+    read_vec(source, 0, 4).is_ok_and(|head| head == *b"KDMV")
+}
+
 /// Opens an image of a known format. `open` opens its further files.
 ///
 /// # Errors
@@ -43,7 +96,31 @@ pub fn open(source: Arc<dyn Source>, format: Format, open: Opener<'_>) -> Result
         Format::Vhd => Box::new(vhd::Vhd::open(source)?),
         Format::Vhdx => Box::new(vhdx::Vhdx::open(source)?),
         Format::Vmdk => Box::new(vmdk::Vmdk::open(source, open)?),
+        Format::Qcow2 if is_qcow1(&*source)? => Box::new(qcow2::Qcow1::open(source)?),
         Format::Qcow2 => Box::new(qcow2::Qcow2::open(source, open)?),
         Format::Vdi => Box::new(vdi::Vdi::open(source)?),
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_name_and_contents_that_disagree_are_refused() {
+        let mut qcow2 = vec![0; 512];
+        qcow2[..4].copy_from_slice(&qcow2::MAGIC);
+        let choose = |bytes: &Vec<u8>, name: &str| choose(bytes, Some(name)).ok();
+        assert_eq!(choose(&qcow2, "qcow2"), Some(Format::Qcow2));
+        assert_eq!(choose(&qcow2, "bin"), Some(Format::Qcow2));
+        assert_eq!(choose(&qcow2, "raw"), None);
+        assert_eq!(choose(&qcow2, "img"), Some(Format::Qcow2));
+        qcow2[15] = 1; // names a backing file
+        assert_eq!(choose(&qcow2, "img"), None);
+        let zeros = vec![0; 512];
+        assert_eq!(choose(&zeros, "img"), Some(Format::Raw));
+        assert_eq!(choose(&zeros, "iso"), Some(Format::Raw));
+        assert_eq!(choose(&zeros, "vhd"), None);
+        assert_eq!(choose(&Vec::new(), "img"), None);
+    }
 }

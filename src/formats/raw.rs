@@ -24,6 +24,7 @@ impl Raw {
                 block: 0,
                 sector: SECTOR_SIZE as u32,
                 identity: None,
+                version: None,
                 creator: String::new(),
                 parent: None,
                 notes: Vec::new(),

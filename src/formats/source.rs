@@ -16,6 +16,7 @@ use lru::LruCache;
 
 use super::broken;
 use crate::error::{Error, Result};
+use crate::sys::files;
 
 /// Bytes at offsets.
 pub trait Source: Send + Sync + fmt::Debug {
@@ -32,6 +33,15 @@ pub trait Source: Send + Sync + fmt::Debug {
     /// # Errors
     /// `Corrupt` if it reaches behind the end; `Io`.
     fn read_at(&self, offset: u64, buf: &mut [u8]) -> Result<()>;
+
+    /// Whether data stands at `offset`, and for how many bytes, at most `most`, it is alike: a
+    /// hole reads as zeros and need not be read. A source that does not know says data.
+    ///
+    /// # Errors
+    /// `Io`.
+    fn data(&self, _offset: u64, most: u64) -> Result<(bool, u64)> {
+        Ok((true, most))
+    }
 }
 
 /// An open file. Its length is that of the moment it was opened.
@@ -65,6 +75,53 @@ impl Source for FileSource {
         self.file
             .read_exact_at(buf, offset)
             .map_err(|source| Error::io(format!("cannot read an image: offset={offset}"), source))
+    }
+
+    fn data(&self, offset: u64, most: u64) -> Result<(bool, u64)> {
+        let failed = |source| Error::io("cannot look for holes in an image", source);
+        let end = offset + most;
+        match files::seek_data(&self.file, offset).map_err(failed)? {
+            None => Ok((false, most)),
+            Some(data) if data > offset => Ok((false, data.min(end) - offset)),
+            Some(_) => {
+                let hole = files::seek_hole(&self.file, offset).map_err(failed)?;
+                Ok((true, hole.clamp(offset + 1, end) - offset))
+            }
+        }
+    }
+}
+
+/// A part of another source: a member of an archive.
+#[derive(Debug)]
+pub struct Part {
+    source: Arc<dyn Source>,
+    start: u64,
+    len: u64,
+}
+
+impl Part {
+    /// `len` bytes of `source` from `start`.
+    ///
+    /// # Errors
+    /// `Corrupt` if they reach behind its end.
+    pub fn new(source: Arc<dyn Source>, start: u64, len: u64) -> Result<Self> {
+        check_range(source.len(), start, len)?;
+        Ok(Self { source, start, len })
+    }
+}
+
+impl Source for Part {
+    fn len(&self) -> u64 {
+        self.len
+    }
+
+    fn read_at(&self, offset: u64, buf: &mut [u8]) -> Result<()> {
+        check_range(self.len, offset, buf.len() as u64)?;
+        self.source.read_at(self.start + offset, buf)
+    }
+
+    fn data(&self, offset: u64, most: u64) -> Result<(bool, u64)> {
+        self.source.data(self.start + offset, most)
     }
 }
 

@@ -9,10 +9,10 @@
 
 use std::sync::Arc;
 
+use super::bytes::guid;
 use super::source::{check_range, read_vec};
 use super::{
-    Content, Facts, Format, Identity, Layer, Pages, ParentRef, Run, Source, Uuid, broken,
-    unsupported,
+    Content, Facts, Format, Identity, Layer, Pages, ParentRef, Run, Source, broken, unsupported,
 };
 use crate::error::Result;
 use crate::ondisk::{get_u32, get_u64};
@@ -47,12 +47,6 @@ pub struct Vdi {
     block: u64,
     /// Bytes before the data of each block.
     extra: u64,
-}
-
-fn uuid(header: &[u8], at: usize) -> Uuid {
-    let mut raw = [0; 16];
-    raw.copy_from_slice(&header[at..at + 16]);
-    Uuid::from_guid(raw)
 }
 
 impl Vdi {
@@ -105,7 +99,8 @@ impl Vdi {
             ));
         }
         let needed = size.div_ceil(block);
-        check_range(end, map, needed * 4)?;
+        // What is behind the entries needed is not read, but a map must not lie about its length.
+        check_range(end, map, blocks * 4)?;
         // Type, flags and all else that was read above ends at 456.
         if map < 456 || data < map + needed * 4 || data > end {
             return Err(broken("header, block map and data overlap"));
@@ -156,12 +151,12 @@ impl Vdi {
 }
 
 fn facts(header: &[u8], subtype: &'static str, size: u64, block: u64) -> Facts {
-    let link = uuid(header, 424);
+    let link = guid(header, 424);
     let text = &header[..64];
     let text = text.split(|byte| *byte == 0).next().unwrap_or_default();
     let parent = (subtype == "differencing" || !link.is_nil()).then(|| ParentRef {
         identity: Some(Identity::Uuid(link)),
-        version: Some(uuid(header, 440)),
+        version: Some(guid(header, 440)).filter(|version| !version.is_nil()),
         ..ParentRef::default()
     });
     Facts {
@@ -170,7 +165,8 @@ fn facts(header: &[u8], subtype: &'static str, size: u64, block: u64) -> Facts {
         size,
         block,
         sector: SECTOR_SIZE as u32,
-        identity: Some(Identity::Uuid(uuid(header, 392))),
+        identity: Some(Identity::Uuid(guid(header, 392))),
+        version: Some(guid(header, 408)),
         creator: String::from_utf8_lossy(text)
             .trim()
             .trim_matches(['<', '>'])

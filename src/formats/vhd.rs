@@ -10,6 +10,7 @@
 
 use std::sync::Arc;
 
+use super::bytes::{be16, be32, be64, utf16};
 use super::source::{check_range, read_vec};
 use super::{
     Content, Facts, Format, Identity, Layer, Pages, ParentRef, Run, Source, Uuid, broken,
@@ -58,22 +59,6 @@ pub struct Footer {
     pub saved_state: bool,
 }
 
-fn be16(bytes: &[u8], at: usize) -> u64 {
-    u64::from(u16::from_be_bytes([bytes[at], bytes[at + 1]]))
-}
-
-fn be32(bytes: &[u8], at: usize) -> u32 {
-    let mut raw = [0; 4];
-    raw.copy_from_slice(&bytes[at..at + 4]);
-    u32::from_be_bytes(raw)
-}
-
-fn be64(bytes: &[u8], at: usize) -> u64 {
-    let mut raw = [0; 8];
-    raw.copy_from_slice(&bytes[at..at + 8]);
-    u64::from_be_bytes(raw)
-}
-
 /// Complement of the sum of all bytes but the four at `at`.
 pub(crate) fn checksum(bytes: &[u8], at: usize) -> u32 {
     let sum = |part: &[u8]| part.iter().map(|byte| u32::from(*byte)).sum::<u32>();
@@ -97,7 +82,11 @@ impl Footer {
             data_offset: be64(bytes, 16),
             creator,
             current_size: be64(bytes, 48),
-            geometry: (be16(bytes, 56), u64::from(bytes[58]), u64::from(bytes[59])),
+            geometry: (
+                u64::from(be16(bytes, 56)),
+                u64::from(bytes[58]),
+                u64::from(bytes[59]),
+            ),
             kind: be32(bytes, 60),
             uuid: Uuid(uuid),
             saved_state: bytes[84] != 0,
@@ -183,6 +172,7 @@ impl Vhd {
             block: 0,
             sector: SECTOR_SIZE as u32,
             identity: Some(Identity::Uuid(footer.uuid)),
+            version: None,
             creator: String::from_utf8_lossy(&footer.creator)
                 .trim_end_matches(['\0', ' '])
                 .to_owned(),
@@ -261,7 +251,8 @@ fn open_blocks(
     if needed > BLOCKS_MAX {
         return Err(unsupported(format!("too many blocks: {needed}")));
     }
-    check_range(end, table, needed * 4)?;
+    // What is behind the entries needed is not read, but a table must not lie about its length.
+    check_range(end, table, entries * 4)?;
     let header_end = footer.data_offset + HEADER_LEN as u64;
     if table < SECTOR || table < header_end && footer.data_offset < table + needed * 4 {
         return Err(broken("the block table overlaps a header"));
@@ -372,16 +363,6 @@ fn parent(source: &dyn Source, header: &[u8]) -> Result<ParentRef> {
             .collect(),
         ..ParentRef::default()
     })
-}
-
-/// Text up to its first NUL; what is no text becomes replacement characters.
-pub(crate) fn utf16(bytes: &[u8], unit: fn([u8; 2]) -> u16) -> String {
-    let units: Vec<u16> = bytes
-        .chunks_exact(2)
-        .map(|raw| unit([raw[0], raw[1]]))
-        .take_while(|unit| *unit != 0)
-        .collect();
-    String::from_utf16_lossy(&units)
 }
 
 impl Blocks {

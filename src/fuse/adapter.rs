@@ -226,7 +226,8 @@ impl Adapter {
         reply: ReplyWrite,
     ) {
         if !sync {
-            return reply.written(bytes);
+            reply.written(bytes);
+            return self.vfs.anticipate_sync();
         }
         self.reply_synced(operation, inode, move |result| match result {
             Ok(()) => reply.written(bytes),
@@ -255,6 +256,15 @@ impl Adapter {
         let result = self.control.answer(&caller, handle, inode, &request);
         if matches!(result, Ok(control::Response::Clones(_))) {
             self.invalidator.directory(inode);
+        }
+        if matches!(request, control::Request::Share { .. })
+            && self.vfs.stale_pages(handle, inode) != StalePages::None
+        {
+            let invalidator = self.invalidator.clone();
+            return self.pages.run(move || {
+                invalidator.pages(inode, 0, 0); // length 0: to the end
+                reply_control(reply, &result);
+            });
         }
         reply_control(reply, &result);
     }

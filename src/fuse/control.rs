@@ -11,8 +11,8 @@ use std::time::{Duration, Instant};
 
 use parking_lot::Mutex;
 
-use crate::control::{Info, Request, Response, Token, clone_names};
-use crate::engine::{Attr, FileKind};
+use crate::control::{EXTENTS_MAX, Info, Look, Request, Response, Shares, Token, clone_names};
+use crate::engine::{Attr, FileKind, Share};
 use crate::error::{Error, Kind, Result};
 use crate::sys;
 use crate::units::Ino;
@@ -106,6 +106,16 @@ impl Server {
                 check_owner(caller)?; // paths that not everybody may see
                 Ok(Response::ScrubFindings(self.scrubber.findings(*page)))
             }
+            Request::Share { source, ranges } => {
+                let src = match source {
+                    Some(token) => self.granted(caller, *token)?,
+                    None => ino,
+                };
+                let ranges: Vec<Share> = ranges.iter().flat_map(Shares::each).collect();
+                self.vfs.share(caller, src, (handle, ino), &ranges)?;
+                Ok(Response::Done)
+            }
+            Request::Extents(look) => self.extents(caller, handle, ino, look),
             Request::Grow { size } => self.grow(caller, *size),
         }
     }
@@ -155,6 +165,41 @@ impl Server {
         Ok(Response::Token(token))
     }
 
+    /// What a token stands for.
+    fn granted(&self, caller: &Caller, token: Token) -> Result<Ino> {
+        self.tokens.lock().ino(token, caller.uid).ok_or_else(|| {
+            Error::new(
+                Kind::Denied,
+                "the token of the source is not known, or older than a minute: get a new one",
+            )
+        })
+    }
+
+    fn extents(
+        &self,
+        caller: &Caller,
+        handle: HandleId,
+        ino: Ino,
+        look: &Look,
+    ) -> Result<Response> {
+        if !self.vfs.handle_flags(handle, ino).read {
+            return Err(Error::new(
+                Kind::Denied,
+                "the file is not open for reading: open it so",
+            ));
+        }
+        let pool = self.vfs.pool();
+        let extents = match look.other {
+            None => pool.data_ranges(ino, look.from, look.to, EXTENTS_MAX),
+            Some((token, from)) => {
+                let other = self.granted(caller, token)?;
+                let file = (ino, look.from, look.to);
+                pool.differing_ranges(file, (other, from), EXTENTS_MAX)
+            }
+        };
+        extents.map(Response::Extents)
+    }
+
     fn clone(
         &self,
         caller: &Caller,
@@ -163,12 +208,7 @@ impl Server {
         names: &[Vec<u8>],
         preserve: bool,
     ) -> Result<Response> {
-        let Some(src) = self.tokens.lock().ino(source, caller.uid) else {
-            return Err(Error::new(
-                Kind::Denied,
-                "the token of the source is not known, or older than a minute: get a new one",
-            ));
-        };
+        let src = self.granted(caller, source)?;
         let into = self.vfs.attr(dir)?;
         if into.kind != FileKind::Directory {
             return Err(Error::new(

@@ -11,10 +11,11 @@
 
 use std::sync::atomic::Ordering;
 
-use super::caller::Caller;
+use super::caller::{Access, Caller};
 use super::inodes::Inode;
 use super::{HandleId, Vfs, check_range};
-use crate::error::{Kind, Result};
+use crate::engine::Share;
+use crate::error::{Error, Kind, Result};
 use crate::units::{BLOCK_SIZE, Ino, Time};
 
 /// Most bytes that one call copies: 1 GiB, so that the answer fits the 32 bits that it has on
@@ -67,6 +68,35 @@ impl Vfs {
         }
         self.pool
             .clone_range(src, src_offset, dst, dst_offset, len, Time::now())
+    }
+
+    /// Shares ranges of blocks of `src` with `dst`, which the caller may write.
+    ///
+    /// # Errors
+    /// `Denied`; as [`Pool::share_ranges`](crate::engine::Pool::share_ranges).
+    pub fn share(
+        &self,
+        caller: &Caller,
+        src: Ino,
+        (dst_handle, dst): (HandleId, Ino),
+        ranges: &[Share],
+    ) -> Result<()> {
+        self.check_writable()?;
+        // How it was opened is not known here; who may open it for writing may write.
+        if !caller.may(Access::Write, &self.pool.attr(dst)?) {
+            return Err(Error::new(
+                Kind::Denied,
+                "the destination is not writable for the caller",
+            ));
+        }
+        let to = self.opened(dst_handle, dst);
+        self.strip_privileges(caller, &to)?;
+        // What is not shown yet of a source that is itself being made is not copied.
+        if let Some(from) = self.inodes.get(src) {
+            self.end_pin(&from)?;
+        }
+        self.end_pin(&to)?;
+        self.pool.share_ranges(src, dst, ranges, Time::now())
     }
 
     /// Ends the clone in pieces that is made of `inode`, if there is one.

@@ -22,6 +22,7 @@ mod device;
 mod explore;
 mod history;
 mod mix;
+mod readers;
 mod stamps;
 mod world;
 
@@ -151,6 +152,11 @@ fn discards_and_reallocation_never_meet() {
         ..MIX
     };
     explore("discards_alone", 200, |rng| mix::run(&ALONE, rng));
+}
+
+#[test]
+fn no_reader_is_missed_when_a_block_is_used_again() {
+    explore("readers", 20_000, readers::run);
 }
 
 #[test]

@@ -8,6 +8,7 @@
 //!    file does not have.
 
 use crate::error::Result;
+use crate::formats::bytes::{be16, be32, be64};
 use crate::formats::source::{check_range, read_vec};
 use crate::formats::{Source, broken, unsupported};
 
@@ -70,22 +71,6 @@ pub struct Snapshot {
     /// Table of its first level: offset and entries.
     pub(super) l1: u64,
     pub(super) l1_entries: u64,
-}
-
-pub(super) fn be16(bytes: &[u8], at: usize) -> u16 {
-    u16::from_be_bytes([bytes[at], bytes[at + 1]])
-}
-
-pub(super) fn be32(bytes: &[u8], at: usize) -> u32 {
-    let mut raw = [0; 4];
-    raw.copy_from_slice(&bytes[at..at + 4]);
-    u32::from_be_bytes(raw)
-}
-
-pub(super) fn be64(bytes: &[u8], at: usize) -> u64 {
-    let mut raw = [0; 8];
-    raw.copy_from_slice(&bytes[at..at + 8]);
-    u64::from_be_bytes(raw)
 }
 
 impl Header {
@@ -182,13 +167,13 @@ impl Header {
                 "the table of the first level is too short: entries={entries} needed={needed}"
             )));
         }
-        let bytes = needed * 8;
+        let bytes = entries * 8;
         if bytes > L1_MAX {
             return Err(unsupported(format!(
                 "the table of the first level is too large: bytes={bytes}"
             )));
         }
-        if needed > 0 && (at == 0 || !at.is_multiple_of(1 << self.cluster_bits)) {
+        if entries > 0 && (at == 0 || !at.is_multiple_of(1 << self.cluster_bits)) {
             return Err(broken(format!(
                 "the table of the first level lies where none can be: offset={at}"
             )));

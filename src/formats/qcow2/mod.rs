@@ -1,4 +1,4 @@
-//! qcow2: the images of QEMU, versions 2 and 3.
+//! qcow2: the images of QEMU, versions 2 and 3; and version 1 (`v1.rs`).
 //!
 //! Layout: QEMU, docs/interop/qcow2.txt. Big-endian. Clusters are found through tables of two
 //! levels. Reference counts are not looked at: they matter to who writes.
@@ -14,6 +14,7 @@ use std::sync::Arc;
 use flate2::read::DeflateDecoder;
 
 mod header;
+mod v1;
 
 use super::source::{check_range, read_vec};
 use super::{Content, Facts, Format, Layer, Opener, Pages, ParentRef, Run, Source, broken};
@@ -23,6 +24,8 @@ use header::{Compression, Header};
 
 pub(crate) use header::MAGIC;
 pub use header::Snapshot;
+pub use v1::Qcow1;
+pub(crate) use v1::is_version_1;
 
 /// Offset of a table or cluster in an entry.
 const OFFSET: u64 = 0x00ff_ffff_ffff_fe00;
@@ -48,6 +51,8 @@ pub struct Qcow2 {
 /// What the tables say of a place.
 enum Cluster {
     Absent,
+    /// No table: this many clusters are absent.
+    NoTable(u64),
     Zero,
     At(u64),
     Packed(u64),
@@ -86,6 +91,7 @@ impl Qcow2 {
             block: 1 << header.cluster_bits,
             sector: SECTOR_SIZE as u32,
             identity: None,
+            version: None,
             creator: String::new(),
             parent,
             notes: header.notes.clone(),
@@ -143,7 +149,7 @@ impl Qcow2 {
         let l1_entry = self.pages.u64_be(self.l1 + index / per_table * 8)?;
         let table = self.aligned(l1_entry)?;
         if table == 0 {
-            return Ok(Cluster::Absent);
+            return Ok(Cluster::NoTable(per_table - index % per_table));
         }
         check_range(self.pages.len(), table, self.cluster_size())?;
         let width = if self.header.extended { 16 } else { 8 };
@@ -263,7 +269,8 @@ impl Layer for Qcow2 {
     fn run(&self, offset: u64, most: u64) -> Result<Run> {
         let size = self.cluster_size();
         let inside = offset % size;
-        let most = most.min(size - inside).min(self.facts.size - offset);
+        let wanted = most.min(self.facts.size - offset);
+        let most = wanted.min(size - inside);
         let data = self.sources.len() - 1;
         let place = |host: u64, len: u64| {
             check_range(self.sources[data].len(), host + inside, len)?;
@@ -274,6 +281,7 @@ impl Layer for Qcow2 {
         };
         let (len, content) = match self.cluster(offset)? {
             Cluster::Absent => (most, Content::Absent),
+            Cluster::NoTable(count) => (wanted.min(count * size - inside), Content::Absent),
             Cluster::Zero => (most, Content::Zero),
             Cluster::Packed(_) => (most, Content::Packed),
             Cluster::At(host) => (most, place(host, most)?),

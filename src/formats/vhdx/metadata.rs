@@ -12,8 +12,8 @@ use std::collections::HashSet;
 
 use super::log::Log;
 use crate::error::Result;
+use crate::formats::bytes::{guid, utf16};
 use crate::formats::source::{check_range, read_vec};
-use crate::formats::vhd::utf16;
 use crate::formats::{Identity, ParentRef, Source, Uuid, broken, unsupported};
 use crate::ondisk::{crc32c, get_u16, get_u32, get_u64};
 
@@ -66,12 +66,6 @@ pub(super) struct Metadata {
 
 fn is(id: Uuid, name: &str) -> bool {
     Uuid::parse(name) == Some(id)
-}
-
-fn guid(bytes: &[u8], at: usize) -> Uuid {
-    let mut raw = [0; 16];
-    raw.copy_from_slice(&bytes[at..at + 16]);
-    Uuid::from_guid(raw)
 }
 
 /// True if the checksum at 4 is that of all of `bytes`.

@@ -81,7 +81,8 @@ impl Vhdx {
             block: disk.block,
             sector: disk.sector as u32,
             identity: Some(Identity::Uuid(header.data_write)),
-            creator: super::vhd::utf16(&id[8..], u16::from_le_bytes),
+            version: None,
+            creator: super::bytes::utf16(&id[8..], u16::from_le_bytes),
             parent: disk.parent.clone(),
             notes,
         };

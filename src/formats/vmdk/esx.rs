@@ -219,6 +219,12 @@ impl Esx {
         Ok(Grain::At(grain))
     }
 
+    /// Grains from `index` to the end of its table, if there is no such table; else 0.
+    pub(super) fn absent(&self, index: u64) -> Result<u64> {
+        let table = self.table(index / TABLE)?;
+        Ok(table.map_or(TABLE - index % TABLE, |_| 0))
+    }
+
     /// Where grain `index` is.
     pub(super) fn grain(&self, index: u64) -> Result<Grain> {
         match self.table(index / TABLE)? {

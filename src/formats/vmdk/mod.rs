@@ -131,6 +131,11 @@ impl Vmdk {
             ));
         };
         let descriptor = Descriptor::parse(&text)?;
+        if descriptor.cid.is_none() && descriptor.create_type.is_empty() {
+            return Err(broken(
+                "the embedded descriptor is damaged: it says nothing",
+            ));
+        }
         if descriptor.extents.len() > 1 {
             return Err(broken(
                 "the embedded descriptor has extents in other files, which no product writes",
@@ -174,6 +179,7 @@ impl Vmdk {
                 block: block.unwrap_or(0),
                 sector: SECTOR_SIZE as u32,
                 identity: descriptor.cid.map(Identity::Cid),
+                version: None,
                 creator: String::new(),
                 parent,
                 notes,
@@ -263,7 +269,7 @@ impl Layer for Vmdk {
         let extent = self.extent(offset);
         let inside = offset - extent.start;
         let most = most.min(extent.len - inside);
-        let (grain, found) = match &extent.body {
+        let (grain, found, empty) = match &extent.body {
             Body::Zero => {
                 return Ok(Run {
                     len: most,
@@ -279,8 +285,14 @@ impl Layer for Vmdk {
                     },
                 });
             }
-            Body::Sparse(sparse) => (sparse.grain, sparse.grain(inside / sparse.grain)?),
-            Body::Esx(esx) => (esx.grain, esx.grain(inside / esx.grain)?),
+            Body::Sparse(sparse) => {
+                let index = inside / sparse.grain;
+                (sparse.grain, sparse.grain(index)?, sparse.absent(index)?)
+            }
+            Body::Esx(esx) => {
+                let index = inside / esx.grain;
+                (esx.grain, esx.grain(index)?, esx.absent(index)?)
+            }
         };
         let skip = inside % grain;
         let content = match found {
@@ -293,7 +305,7 @@ impl Layer for Vmdk {
             Grain::Packed(_) => Content::Packed,
         };
         Ok(Run {
-            len: most.min(grain - skip),
+            len: most.min(grain * empty.max(1) - skip),
             content,
         })
     }

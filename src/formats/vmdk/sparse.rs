@@ -207,6 +207,12 @@ impl Sparse {
         })
     }
 
+    /// Grains from `index` to the end of its table, if there is no such table; else 0.
+    pub(super) fn absent(&self, index: u64) -> Result<u64> {
+        let table = self.pages.u32_le(self.directory + index / TABLE * 4)?;
+        Ok(if table == 0 { TABLE - index % TABLE } else { 0 })
+    }
+
     /// Unpacks grain `index`, whose marker is at `at`.
     pub(super) fn unpack(&self, index: u64, at: u64) -> Result<Vec<u8>> {
         let marker = read_vec(&*self.source, at, 12)?;

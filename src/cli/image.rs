@@ -1,0 +1,301 @@
+//! Image files as verbs use them: opened with their extents and parents, and their holes.
+//!
+//! Invariants:
+//!
+//! 1. Extents and parents are opened only beside the image that names them, by their base name;
+//!    nothing but regular files, and no links.
+
+use std::cell::RefCell;
+use std::fs::File;
+use std::ops::Range;
+use std::os::fd::AsFd;
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use nodupe::control::{self, Look, Request, Response, Token};
+use nodupe::error::{Error, Kind, Result};
+use nodupe::formats::chain::Chain;
+use nodupe::formats::{FileSource, Format, Layer, Source, probe};
+use nodupe::sys::block;
+use nodupe::units::BLOCK_SIZE;
+
+const B: u64 = BLOCK_SIZE as u64;
+/// Most parents of an image.
+const DEPTH_MAX: usize = 128;
+/// How long a token is used: it works for a minute.
+const TOKEN_AGE: Duration = Duration::from_secs(20);
+
+/// A file of an image.
+#[derive(Debug)]
+pub(super) struct ImageFile {
+    pub(super) path: PathBuf,
+    pub(super) file: File,
+    pub(super) source: Arc<dyn Source>,
+    /// Device of the file system: one mounted pool has one.
+    pub(super) device: u64,
+    token: RefCell<Option<(Token, Instant)>>,
+    /// What was told of its data: up to where, and the ranges, in blocks.
+    told: RefCell<(Range<u64>, Vec<(u64, u64)>)>,
+    /// It is in a pool, whose daemon tells where data is.
+    pooled: bool,
+}
+
+/// An image with its files.
+#[derive(Debug)]
+pub(super) struct Image {
+    pub(super) chain: Chain,
+    pub(super) files: Vec<ImageFile>,
+}
+
+impl Image {
+    /// Opens `path` with its parents. `format`: not guessed.
+    pub(super) fn open(path: &Path, format: Option<Format>) -> Result<Self> {
+        let mut files = Vec::new();
+        // A link that the user names is followed; one that an image names is not.
+        let real = path
+            .canonicalize()
+            .map_err(|error| Error::io(format!("cannot open {}", path.display()), error))?;
+        let path = real.as_path();
+        let mut layers = vec![layer(path, format, &mut files)?];
+        let mut at = path.to_path_buf();
+        while let Some(parent) = layers[layers.len() - 1].facts().parent.clone() {
+            if layers.len() > DEPTH_MAX {
+                return Err(Error::new(
+                    Kind::Invalid,
+                    format!("more than {DEPTH_MAX} parents: perhaps a circle"),
+                ));
+            }
+            let format = match parent.format.as_deref() {
+                Some(name) => Some(named(name)?),
+                None => None,
+            };
+            let mut why = Error::new(
+                Kind::NotFound,
+                "the parent is named by its id only: import the image first",
+            );
+            let mut found = None;
+            for name in &parent.names {
+                let path = beside(&at, name);
+                match layer(&path, format, &mut files) {
+                    Ok(layer) => {
+                        let known = parent.identity.is_none()
+                            || layer.facts().identity == parent.identity
+                            || parent.version.is_some();
+                        if known {
+                            found = Some((path, layer));
+                            break;
+                        }
+                        why = Error::new(
+                            Kind::Invalid,
+                            "the parent was changed since, or is another image",
+                        );
+                    }
+                    Err(error) => why = error,
+                }
+            }
+            let (path, layer) = found.ok_or(why)?;
+            layers.push(layer);
+            at = path;
+        }
+        Ok(Self {
+            chain: Chain::new(layers),
+            files,
+        })
+    }
+
+    /// The file behind a source of the chain, if it is one.
+    pub(super) fn file(&self, source: &Arc<dyn Source>) -> Option<usize> {
+        self.files
+            .iter()
+            .position(|file| std::ptr::addr_eq(Arc::as_ptr(&file.source), Arc::as_ptr(source)))
+    }
+
+    /// The first range with data of a source within a range.
+    pub(super) fn data(
+        &self,
+        source: &Arc<dyn Source>,
+        range: Range<u64>,
+    ) -> Result<Option<Range<u64>>> {
+        match self.file(source) {
+            Some(index) => self.files[index].data(range),
+            None => Ok(Some(range)),
+        }
+    }
+}
+
+/// A format by the name that QEMU or a user gives it.
+pub(super) fn named(name: &str) -> Result<Format> {
+    Ok(match name.to_ascii_lowercase().as_str() {
+        "raw" | "img" => Format::Raw,
+        "vhd" | "vpc" => Format::Vhd,
+        "vhdx" => Format::Vhdx,
+        "vmdk" => Format::Vmdk,
+        "qcow2" => Format::Qcow2,
+        "vdi" => Format::Vdi,
+        _ => {
+            return Err(Error::new(
+                Kind::Unsupported,
+                format!("no format {name:?}: choose raw, vhd, vhdx, vmdk, qcow2 or vdi"),
+            ));
+        }
+    })
+}
+
+/// The format that the name of a file stands for.
+pub(super) fn by_name(path: &Path) -> Option<Format> {
+    let extension = path.extension()?.to_str()?.to_ascii_lowercase();
+    match extension.as_str() {
+        "raw" | "img" | "iso" => Some(Format::Raw),
+        "vpc" => None,
+        other => named(other).ok(),
+    }
+}
+
+/// The file of that name, whatever directory it names, beside `path`.
+fn beside(path: &Path, name: &str) -> PathBuf {
+    let base = name.rsplit(['/', '\\']).next().unwrap_or(name);
+    path.with_file_name(base)
+}
+
+fn layer(
+    path: &Path,
+    format: Option<Format>,
+    files: &mut Vec<ImageFile>,
+) -> Result<Box<dyn Layer>> {
+    let main = ImageFile::open(path)?;
+    let source = main.source.clone();
+    files.push(main);
+    // What a guest wrote into a raw disk must not make it another format.
+    let format = match format.or(by_name(path).filter(|format| *format == Format::Raw)) {
+        Some(format) => format,
+        None => probe::probe(&*source)?,
+    };
+    probe::open(source, format, &mut |name| {
+        let file = ImageFile::open(&beside(path, name))?;
+        let source = file.source.clone();
+        files.push(file);
+        Ok(source)
+    })
+}
+
+impl ImageFile {
+    fn open(path: &Path) -> Result<Self> {
+        let failed = |error| Error::io(format!("cannot open {}", path.display()), error);
+        let before = std::fs::symlink_metadata(path).map_err(failed)?;
+        if !before.is_file() {
+            return Err(Error::new(
+                Kind::Invalid,
+                format!("{} is no regular file", path.display()),
+            ));
+        }
+        let file = File::open(path).map_err(failed)?;
+        let metadata = file.metadata().map_err(failed)?;
+        let source = Arc::new(FileSource::new(file.try_clone().map_err(failed)?)?);
+        let mut opened = Self {
+            path: path.to_path_buf(),
+            device: metadata.dev(),
+            file,
+            source,
+            token: RefCell::default(),
+            told: RefCell::new((0..0, Vec::new())),
+            pooled: true,
+        };
+        opened.pooled = opened.token().is_ok();
+        Ok(opened)
+    }
+
+    /// True if it is in a mounted pool.
+    pub(super) fn is_pooled(&self) -> bool {
+        self.pooled
+    }
+
+    /// What names it to the daemon.
+    pub(super) fn token(&self) -> Result<Token> {
+        let mut slot = self.token.borrow_mut();
+        if let Some((token, given)) = *slot
+            && given.elapsed() < TOKEN_AGE
+        {
+            return Ok(token);
+        }
+        let Response::Token(token) = control::call(self.file.as_fd(), &Request::Token)? else {
+            return Err(nonsense());
+        };
+        *slot = Some((token, Instant::now()));
+        Ok(token)
+    }
+
+    /// The first range with data within a range.
+    fn data(&self, range: Range<u64>) -> Result<Option<Range<u64>>> {
+        let found = if self.pooled {
+            self.data_in_pool(&range)?
+        } else {
+            self.data_by_seek(&range)?
+        };
+        Ok(found
+            .map(|found| found.start.max(range.start)..found.end.min(range.end))
+            .filter(|found| found.start < found.end))
+    }
+
+    fn data_by_seek(&self, range: &Range<u64>) -> Result<Option<Range<u64>>> {
+        let failed = |error| Error::io("cannot find the holes of an image", error);
+        let told = self.told.borrow().1.first().copied();
+        // One range is remembered: it is asked for piece by piece.
+        if let Some((start, end)) = told
+            && self.told.borrow().0.contains(&range.start)
+        {
+            if start < range.end {
+                return Ok(Some(start..end));
+            }
+            return Ok(None);
+        }
+        let Some(start) = block::seek_data(&self.file, range.start).map_err(failed)? else {
+            return Ok(None);
+        };
+        let end = block::seek_hole(&self.file, start).map_err(failed)?;
+        let end = end.unwrap_or(self.source.len());
+        *self.told.borrow_mut() = (range.start..end, vec![(start, end)]);
+        Ok((start < range.end).then_some(start..end))
+    }
+
+    fn data_in_pool(&self, range: &Range<u64>) -> Result<Option<Range<u64>>> {
+        let (mut from, to) = (range.start / B, range.end.div_ceil(B));
+        while from < to {
+            if !self.told.borrow().0.contains(&from) {
+                // All of the file from here on: the answer has a limit of its own.
+                let end = self.source.len().div_ceil(B).max(to);
+                let look = Look {
+                    from,
+                    to: end,
+                    other: None,
+                };
+                let request = Request::Extents(look);
+                let Response::Extents(found) = control::call(self.file.as_fd(), &request)? else {
+                    return Err(nonsense());
+                };
+                if found.next <= from {
+                    return Err(nonsense());
+                }
+                *self.told.borrow_mut() = (from..found.next, found.ranges);
+            }
+            let told = self.told.borrow();
+            let index = told
+                .1
+                .partition_point(|(start, count)| start + count <= from);
+            if let Some((start, count)) = told.1.get(index) {
+                let data = (*start).max(from);
+                return Ok((data < to).then(|| data * B..(start + count) * B));
+            }
+            from = told.0.end;
+        }
+        Ok(None)
+    }
+}
+
+fn nonsense() -> Error {
+    Error::new(
+        Kind::Io,
+        "the daemon of the datastore answers nonsense: use the same version of nodupe for both",
+    )
+}

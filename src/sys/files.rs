@@ -1,0 +1,218 @@
+//! Files beside the pool's own: opened only below a directory, their holes, copies by the kernel.
+//!
+//! Invariants:
+//!
+//! 1. [`open_beneath`] never leaves the directory that it is given, whatever links and `..` a path
+//!    has and whoever changes the tree meanwhile; and never waits for a pipe or a device.
+
+use std::ffi::CString;
+use std::fs::File;
+use std::io;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
+use std::os::unix::ffi::OsStrExt;
+use std::os::unix::fs::OpenOptionsExt;
+use std::path::{Component, Path};
+
+/// Flags of every open here. Without O_NONBLOCK a pipe would wait for a writer.
+const FLAGS: libc::c_int = libc::O_RDONLY | libc::O_CLOEXEC | libc::O_NONBLOCK | libc::O_NOCTTY;
+
+/// Opens a file below `dir` to read. Symbolic links are followed as long as they stay below.
+/// What leads out fails with `EXDEV`.
+///
+/// # Errors
+/// The system's own; `EXDEV` or `ELOOP` for what leads out.
+pub fn open_beneath(dir: BorrowedFd<'_>, path: &Path) -> io::Result<File> {
+    let name = CString::new(path.as_os_str().as_bytes())?;
+    // struct open_how: flags, mode, resolve.
+    let how: [u64; 3] = [
+        u64::from(FLAGS.cast_unsigned()),
+        0,
+        libc::RESOLVE_BENEATH | libc::RESOLVE_NO_MAGICLINKS,
+    ];
+    // SAFETY: the descriptor is open for the call, the path has a NUL at its end, and `how` has the
+    // layout and the size that are given.
+    let fd = unsafe {
+        libc::syscall(
+            libc::SYS_openat2,
+            dir.as_raw_fd(),
+            name.as_ptr(),
+            how.as_ptr(),
+            size_of_val(&how),
+        )
+    };
+    if let Ok(fd @ 0..) = i32::try_from(fd) {
+        // SAFETY: the call made this descriptor, and nothing else owns it.
+        return Ok(File::from(unsafe { OwnedFd::from_raw_fd(fd) }));
+    }
+    let error = io::Error::last_os_error();
+    match error.raw_os_error() {
+        // An old kernel, or a container that does not know the call.
+        Some(libc::ENOSYS | libc::EPERM) => step_by_step(dir, path),
+        _ => Err(error),
+    }
+}
+
+/// As [`open_beneath`], by one open for each part of the path; follows no links at all.
+fn step_by_step(dir: BorrowedFd<'_>, path: &Path) -> io::Result<File> {
+    let outside = || io::Error::from_raw_os_error(libc::EXDEV);
+    let mut way = Vec::new();
+    for part in path.components() {
+        match part {
+            Component::CurDir => {}
+            Component::ParentDir => drop(way.pop().ok_or_else(outside)?),
+            Component::Normal(name) => {
+                let from = way.last().map_or(dir, |file: &File| file.as_fd());
+                way.push(open_step(from, name.as_bytes())?);
+            }
+            Component::RootDir | Component::Prefix(_) => return Err(outside()),
+        }
+    }
+    way.pop().ok_or_else(outside)
+}
+
+fn open_step(dir: BorrowedFd<'_>, name: &[u8]) -> io::Result<File> {
+    let name = CString::new(name)?;
+    // SAFETY: the descriptor is open for the call, and the name has a NUL at its end.
+    let fd = unsafe { libc::openat(dir.as_raw_fd(), name.as_ptr(), FLAGS | libc::O_NOFOLLOW) };
+    if fd < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    // SAFETY: the call made this descriptor, and nothing else owns it.
+    Ok(File::from(unsafe { OwnedFd::from_raw_fd(fd) }))
+}
+
+/// True if [`open_beneath`] failed because a path leads out of its directory.
+pub fn leads_out(error: &io::Error) -> bool {
+    matches!(error.raw_os_error(), Some(libc::EXDEV | libc::ELOOP))
+}
+
+/// Makes a file to read and write past the page cache; the name must be free.
+///
+/// # Errors
+/// The system's own.
+pub fn create_direct(path: &Path, mode: u32) -> io::Result<File> {
+    File::options()
+        .read(true)
+        .write(true)
+        .create_new(true)
+        .mode(mode)
+        .custom_flags(libc::O_DIRECT)
+        .open(path)
+}
+
+/// Where the next data of a file begins, from `offset` on; `None` if there is none.
+///
+/// # Errors
+/// The system's own.
+pub fn seek_data(file: &File, offset: u64) -> io::Result<Option<u64>> {
+    match seek(file, offset, libc::SEEK_DATA) {
+        Ok(at) => Ok(Some(at)),
+        Err(error) if error.raw_os_error() == Some(libc::ENXIO) => Ok(None),
+        // A device, or a filesystem that knows no holes.
+        Err(error) if error.raw_os_error() == Some(libc::EINVAL) => Ok(Some(offset)),
+        Err(error) => Err(error),
+    }
+}
+
+/// Where the data at `offset` ends.
+///
+/// # Errors
+/// The system's own.
+pub fn seek_hole(file: &File, offset: u64) -> io::Result<u64> {
+    match seek(file, offset, libc::SEEK_HOLE) {
+        Ok(at) => Ok(at),
+        Err(error) if error.raw_os_error() == Some(libc::EINVAL) => Ok(u64::MAX),
+        Err(error) => Err(error),
+    }
+}
+
+fn seek(file: &File, offset: u64, whence: libc::c_int) -> io::Result<u64> {
+    let offset = i64::try_from(offset).map_err(|_| io::Error::from(io::ErrorKind::InvalidInput))?;
+    // SAFETY: takes numbers only; the descriptor is open for the call. Its position, which this
+    // moves, is used by nobody: reads here say their offset.
+    let at = unsafe { libc::lseek(file.as_raw_fd(), offset, whence) };
+    u64::try_from(at).map_err(|_| io::Error::last_os_error())
+}
+
+/// Copies up to `len` bytes without them passing through this process; the filesystem shares them
+/// where it can. Returns how many, 0 at the end of `from`.
+///
+/// # Errors
+/// The system's own.
+pub fn copy_range(from: &File, at: u64, to: &File, into: u64, len: u64) -> io::Result<u64> {
+    let wrong = |_| io::Error::from(io::ErrorKind::InvalidInput);
+    let mut at = i64::try_from(at).map_err(wrong)?;
+    let mut into = i64::try_from(into).map_err(wrong)?;
+    let len = usize::try_from(len.min(1 << 30)).unwrap_or(1 << 30);
+    // SAFETY: both descriptors are open for the call, both offsets live through it.
+    let done = unsafe {
+        libc::copy_file_range(
+            from.as_raw_fd(),
+            &raw mut at,
+            to.as_raw_fd(),
+            &raw mut into,
+            len,
+            0,
+        )
+    };
+    u64::try_from(done).map_err(|_| io::Error::last_os_error())
+}
+
+/// Makes a range of a file a hole; its size stays.
+///
+/// # Errors
+/// The system's own.
+pub fn punch(file: &File, offset: u64, len: u64) -> io::Result<()> {
+    let wrong = |_| io::Error::from(io::ErrorKind::InvalidInput);
+    let (offset, len) = (
+        i64::try_from(offset).map_err(wrong)?,
+        i64::try_from(len).map_err(wrong)?,
+    );
+    let mode = libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_KEEP_SIZE;
+    // SAFETY: takes numbers only; the descriptor is open for the call.
+    match unsafe { libc::fallocate(file.as_raw_fd(), mode, offset, len) } {
+        0 => Ok(()),
+        _ => Err(io::Error::last_os_error()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::os::unix::fs::symlink;
+
+    fn open(dir: &File, path: &str) -> [io::Result<File>; 2] {
+        let path = Path::new(path);
+        [
+            open_beneath(dir.as_fd(), path),
+            step_by_step(dir.as_fd(), path),
+        ]
+    }
+
+    #[test]
+    fn nothing_outside_of_the_directory_is_opened() {
+        let outer = tempfile::tempdir().unwrap();
+        let inner = outer.path().join("in");
+        std::fs::create_dir_all(inner.join("sub")).unwrap();
+        std::fs::write(outer.path().join("secret"), "s").unwrap();
+        std::fs::write(inner.join("sub/file"), "f").unwrap();
+        symlink(outer.path().join("secret"), inner.join("absolute")).unwrap();
+        symlink("../secret", inner.join("climbs")).unwrap();
+        let dir = File::open(&inner).unwrap();
+        for path in ["sub/file", "./sub/../sub/file"] {
+            assert!(open(&dir, path).iter().all(Result::is_ok), "{path}");
+        }
+        let secret = outer.path().join("secret");
+        for path in [
+            "../secret",
+            "sub/../../secret",
+            "absolute",
+            "climbs",
+            secret.to_str().unwrap(),
+        ] {
+            for outcome in open(&dir, path) {
+                assert!(leads_out(&outcome.unwrap_err()), "{path}");
+            }
+        }
+    }
+}
