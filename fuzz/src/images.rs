@@ -138,7 +138,7 @@ pub fn image(data: &[u8]) {
         let at = template.places[choose.below(1 << 16) as usize % template.places.len()];
         match what {
             0 => {
-                let len = choose.below(1 << 16) as usize * bytes.len() >> 16;
+                let len = (choose.below(1 << 16) as usize * bytes.len()) >> 16;
                 bytes.truncate(len.max(1));
             }
             1 => bytes.resize(
@@ -150,7 +150,7 @@ pub fn image(data: &[u8]) {
             8 | 9 => set(
                 &mut bytes,
                 at,
-                &(choose.below(1 << 16) as u16).to_be_bytes(),
+                &[choose.below(256) as u8, choose.below(256) as u8],
             ),
             10 | 11 => set(
                 &mut bytes,

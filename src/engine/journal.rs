@@ -2,8 +2,8 @@
 //!
 //! Invariants:
 //!
-//! 1. Batches have consecutive sequence numbers; one is written and made durable after the
-//!    other. The first one that is not valid ends the journal. A crash can take the last one only:
+//! 1. Batches have consecutive sequence numbers; one is written when the one before was made
+//!    durable, as its header says. The first one that is not valid ends the journal. A crash can take the last one only:
 //!    if a later one is there, the device lost what it had made durable ([`Journal::lost`]).
 //! 2. A batch is contiguous. One that does not fit before the end of the ring starts at block 0;
 //!    a reader that finds nothing at its position looks there for the same sequence number.
@@ -70,6 +70,8 @@ pub(crate) struct Journal {
     /// skipped before it.
     live: VecDeque<(u64, u64)>,
     used: u64,
+    /// The last batch was written, and is not durable yet.
+    unsynced: bool,
     /// For what is written: a part of a batch at a time.
     buffers: BouncePool,
     ahead: Ahead,
@@ -137,6 +139,7 @@ impl Journal {
             head: superblock.journal_pos,
             live: VecDeque::new(),
             used: 0,
+            unsynced: false,
             buffers: BouncePool::default(),
             ahead: Ahead::default(),
         }
@@ -184,13 +187,14 @@ impl Journal {
             .preallocate(self.start * BLOCK, self.blocks * BLOCK)
     }
 
-    /// Writes a batch and makes it durable.
+    /// Writes a batch, once the one before is durable.
     ///
     /// # Errors
     /// `NoSpace` if the host had no space to overwrite the ring, as copy-on-write filesystems may:
     /// nothing changed, and the same place is written again next time. Any other error leaves the
     /// ring unknown.
     pub(crate) fn append(&mut self, batch: &Batch) -> Result<()> {
+        self.sync()?; // I1
         self.ahead = Ahead::default(); // what it holds is going to change
         let (mut head, pages, mut header) = encode(self.pool, self.seq, batch);
         let blocks = header.blocks();
@@ -208,14 +212,31 @@ impl Journal {
         header.encode(&mut head, &self.key);
         self.write(at, &head, &pages)
             .map_err(|source| Error::io("cannot write the journal", source))?;
-        // Whatever the reason: what the device has of it is unknown.
-        self.syncs
-            .sync(&*self.device)
-            .map_err(|source| Error::new(Kind::Io, format!("cannot sync the journal: {source}")))?;
+        self.unsynced = true;
         self.live.push_back((self.seq, blocks + skipped));
         self.used += blocks + skipped;
         self.head = (at + blocks) % self.blocks;
         self.seq += 1;
+        Ok(())
+    }
+
+    /// True if the last batch is not durable yet.
+    pub(crate) fn is_unsynced(&self) -> bool {
+        self.unsynced
+    }
+
+    /// Makes the last batch durable.
+    ///
+    /// # Errors
+    /// `Io`: what the ring holds of it is unknown.
+    pub(crate) fn sync(&mut self) -> Result<()> {
+        if self.unsynced {
+            // Whatever the reason: what the device has of it is unknown.
+            self.syncs.sync(&*self.device).map_err(|source| {
+                Error::new(Kind::Io, format!("cannot sync the journal: {source}"))
+            })?;
+            self.unsynced = false;
+        }
         Ok(())
     }
 

@@ -269,7 +269,7 @@ impl Pool {
         let (beats, beat_age_ms) = heartbeat.map_or((0, 0), |heartbeat| heartbeat.state());
         // One lock after the other: a guard within the expression below would live to its end.
         let replayed = *self.replayed.lock();
-        let unsynced_ms = self.stage.lock().unsynced_ms();
+        let unsynced_ms = self.unsynced_ms();
         let nodes = self.meta.read().damaged_nodes();
         Health {
             replayed,

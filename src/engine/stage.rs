@@ -300,10 +300,20 @@ impl Stage {
         self.pushed += 1;
     }
 
+    /// True if data written in place must be durable before what waits for the journal.
+    pub(crate) fn needs_flush(&self) -> bool {
+        self.needs_flush
+    }
+
+    /// When the oldest of what waits for the journal was queued.
+    pub(crate) fn oldest(&self) -> Option<Instant> {
+        self.oldest.filter(|_| !self.is_clean())
+    }
+
     /// Milliseconds since the oldest change that waits for the journal.
     pub(crate) fn unsynced_ms(&self) -> u64 {
-        let oldest = self.oldest.filter(|_| !self.is_clean());
-        oldest.map_or(0, |oldest| oldest.elapsed().as_millis() as u64)
+        self.oldest()
+            .map_or(0, |oldest| oldest.elapsed().as_millis() as u64)
     }
 
     /// Notes that size or times of a file changed.

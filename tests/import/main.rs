@@ -426,6 +426,44 @@ fn images_of_qemu_read_as_qemu_reads_them() {
 }
 
 #[test]
+fn equal_blocks_of_strangers_are_shared_if_wanted() {
+    let test = "equal_blocks_of_strangers_are_shared_if_wanted";
+    let Some(mut store) = store(test) else { return };
+    let home = folder();
+    let common = images::noise(1, 6 << 20);
+    // The same files at other places, behind something of its own.
+    let blocks = |first: u64, skip: usize| {
+        let mut bytes = images::noise(first, 3 * 4096);
+        bytes.extend_from_slice(&common[skip * 4096..]);
+        bytes
+    };
+    let all = [
+        ("a", blocks(2, 0)),
+        ("b", blocks(3, 5)),
+        ("c", common.clone()),
+    ];
+    for (name, bytes) in &all {
+        fs::write(home.path().join(format!("{name}.raw")), bytes).unwrap();
+    }
+    let dst = store.dir().join("x");
+    let args = ["--dedupe", "--jobs", "1", "--json"].map(Path::new);
+    let output = import(&[&[home.path(), &dst][..], &args].concat());
+    assert!(output.status.success(), "{output:?}");
+    let report = json(&output);
+    let (written, shared) = (&report["written"], &report["deduplicated"]);
+    let limit = common.len() as u64 + (1 << 20);
+    assert!(written.as_u64().unwrap() < limit, "{written} {shared}");
+    for (name, bytes) in &all {
+        assert!(
+            fs::read(dst.join(format!("{name}.raw"))).unwrap() == *bytes,
+            "{name}"
+        );
+    }
+    store.unmount();
+    store.check();
+}
+
+#[test]
 fn inspect_tells_what_an_image_is() {
     let home = folder();
     chain(home.path(), Kind::Vhdx, 2);

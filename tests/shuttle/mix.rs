@@ -170,6 +170,7 @@ impl Actor {
         world.write("write", writes, || {
             world.pool.write(ino, offset, &data, Time::default())
         });
+        world.pool.anticipate_sync(); // as the mount does
     }
 
     fn truncate(&mut self, file: u32) {

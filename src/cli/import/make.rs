@@ -18,7 +18,7 @@ use nodupe::formats::chain::Whole;
 use nodupe::formats::layout::{Ids, Plan, Shape, Sink, Spec};
 use nodupe::formats::{Format, Layer};
 use nodupe::sys::files;
-use nodupe::transfer::{self, Filled, Held, Image, Library, Parent, What};
+use nodupe::transfer::{self, Filled, Held, Image, Library, Parent, Twins, What};
 
 use super::super::failure;
 use super::super::output::Output;
@@ -35,6 +35,8 @@ pub(super) struct Maker<'a> {
     names: HashMap<usize, PathBuf>,
     format: Option<Format>,
     jobs: usize,
+    /// Finds equal blocks, if that is wanted.
+    twins: Option<Twins>,
 }
 
 /// What was made.
@@ -69,6 +71,8 @@ struct State {
     /// What an image is made from.
     base_of: HashMap<usize, usize>,
     made: Made,
+    /// Images that are not made.
+    refused: Vec<usize>,
 }
 
 impl<'a> Maker<'a> {
@@ -78,6 +82,7 @@ impl<'a> Maker<'a> {
         names: HashMap<usize, PathBuf>,
         format: Option<Format>,
         jobs: usize,
+        dedupe: bool,
     ) -> Self {
         Self {
             library,
@@ -85,13 +90,19 @@ impl<'a> Maker<'a> {
             names,
             format,
             jobs,
+            twins: dedupe.then(Twins::new),
         }
     }
 
     /// Makes all of them.
-    pub(super) fn run(self, output: Output) -> failure::Result<Made> {
+    pub(super) fn run(mut self, output: Output) -> failure::Result<Made> {
         unnamed::clean(self.dir);
         let state = self.plan();
+        // What failed is perhaps what others are made from; it gets no name.
+        let failed: Vec<usize> = state.refused.clone();
+        failed
+            .iter()
+            .for_each(|index| drop(self.names.remove(index)));
         let total = state.made.held.values().map(|held| held.data).sum();
         let bar = output.progress("importing", total, true);
         let (state, wake) = (Mutex::new(state), Condvar::new());
@@ -125,6 +136,7 @@ impl<'a> Maker<'a> {
         for index in wanted {
             if let Err(error) = self.add(&mut state, index) {
                 state.made.failed.push((self.library.path(index), error));
+                state.refused.push(index);
             }
         }
         let bases = &state.base_of;
@@ -220,17 +232,16 @@ impl<'a> Maker<'a> {
         }
     }
 
-    fn settle(&self, state: &mut State, index: usize, outcome: Result<(File, Filled)>) {
+    fn settle(&self, state: &mut State, index: usize, outcome: Result<(Arc<File>, Filled)>) {
         let below = state.waiting.remove(&index).unwrap_or_default();
         match outcome {
             Ok((file, filled)) => {
-                state.made.filled.read += filled.read;
-                state.made.filled.written += filled.written;
+                state.made.filled.add(filled);
                 if let Some(name) = self.names.get(&index) {
                     state.made.files.insert(index, self.dir.join(name));
                 }
                 if !below.is_empty() {
-                    state.bases.insert(index, (Arc::new(file), below.len()));
+                    state.bases.insert(index, (file, below.len()));
                 }
                 // Depth first: so that few files stay open.
                 below
@@ -256,7 +267,12 @@ impl<'a> Maker<'a> {
     }
 
     /// Makes one, and returns the bytes of its disk.
-    fn make(&self, index: usize, base: Option<&File>, bar: &ProgressBar) -> Result<(File, Filled)> {
+    fn make(
+        &self,
+        index: usize,
+        base: Option<&File>,
+        bar: &ProgressBar,
+    ) -> Result<(Arc<File>, Filled)> {
         let image = &self.library.images()[index];
         let size = image.facts.size;
         self.library.verify(index)?;
@@ -264,13 +280,15 @@ impl<'a> Maker<'a> {
             What::Snapshot(..) => Box::new(Whole::new(self.library.disk(index)?)),
             _ => self.library.layer(index)?,
         };
-        let disk = unnamed::create(self.dir, image.mode)?;
+        let disk = Arc::new(unnamed::create(self.dir, image.mode)?);
         if let Some(base) = base {
             copy_all(base, &disk, size)?;
         }
         disk.set_len(size).map_err(cannot_write)?;
         let progress = |bytes| bar.inc(bytes);
-        let filled = transfer::fill(&*layer, &disk, base.is_some(), WORKERS, &progress)?;
+        let twin = self.twins.as_ref().map(|twins| twins.add(&disk));
+        let over = base.is_some();
+        let filled = transfer::fill(&*layer, &disk, over, twin.as_ref(), WORKERS, &progress)?;
         if let Some(name) = self.names.get(&index) {
             self.publish(image, &disk, &self.dir.join(name))?;
         }
@@ -390,8 +408,14 @@ fn keep_time(path: &Path, image: &Image) -> Result<()> {
     let Some(time) = time.and_then(|time| time.checked_add(nanos)) else {
         return Ok(());
     };
-    let set = File::open(path).and_then(|file| file.set_modified(time));
-    set.map_err(|error| Error::io(format!("cannot set the time of {}", path.display()), error))
+    match File::open(path).and_then(|file| file.set_modified(time)) {
+        // The source forbids its owner to read it, and so does the new file.
+        Err(error) if error.kind() != std::io::ErrorKind::PermissionDenied => Err(Error::io(
+            format!("cannot set the time of {}", path.display()),
+            error,
+        )),
+        _ => Ok(()),
+    }
 }
 
 fn cannot_write(error: std::io::Error) -> Error {

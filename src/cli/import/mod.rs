@@ -55,6 +55,9 @@ pub(super) struct Import {
     /// Directory in which parents and extents may be, too
     #[arg(long, value_name = "DIR")]
     allow_parent: Vec<PathBuf>,
+    /// Share blocks that are equal in several of the images, though none was made from another
+    #[arg(long)]
+    dedupe: bool,
     /// Images that are imported at once
     #[arg(short, long, value_name = "N", default_value_t = 2,
           value_parser = clap::value_parser!(u8).range(1..=64))]
@@ -93,7 +96,14 @@ pub(super) fn run(args: &Import, output: Output) -> Result<()> {
                 .hint("files that look like nothing are raw disks if you say so: --from raw FILE"),
         );
     }
-    let maker = Maker::new(&library, &dir, names, format, usize::from(args.jobs));
+    let maker = Maker::new(
+        &library,
+        &dir,
+        names,
+        format,
+        usize::from(args.jobs),
+        args.dedupe,
+    );
     let made = maker.run(output)?;
     let total = made.total() + failures.len();
     for index in made.files.keys() {

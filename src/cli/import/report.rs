@@ -157,6 +157,7 @@ impl Report<'_> {
             "failures": failures.iter().map(|f| f.chain.join(": ")).collect::<Vec<_>>(),
             "read": self.made.filled.read,
             "written": self.made.filled.written,
+            "deduplicated": self.made.filled.shared,
             "seconds": self.seconds,
         })
     }

@@ -28,8 +28,7 @@ pub(super) fn create(dir: &Path, mode: u32) -> Result<File> {
     let digits: String = random.iter().map(|byte| format!("{byte:02x}")).collect();
     let path = dir.join(format!("{PREFIX}{digits}"));
     let failed = |error| Error::io(format!("cannot make a file in {}", dir.display()), error);
-    // Its owner has to write it, whatever the source allows.
-    let file = files::create_direct(&path, mode | 0o600).map_err(failed)?;
+    let file = files::create_direct(&path, mode).map_err(failed)?;
     fs::remove_file(&path).map_err(failed)?;
     Ok(file)
 }
