@@ -30,7 +30,6 @@ const TOKEN_AGE: Duration = Duration::from_secs(20);
 /// A file of an image.
 #[derive(Debug)]
 pub(super) struct ImageFile {
-    pub(super) path: PathBuf,
     pub(super) file: File,
     pub(super) source: Arc<dyn Source>,
     /// Device of the file system: one mounted pool has one.
@@ -194,7 +193,6 @@ impl ImageFile {
         let metadata = file.metadata().map_err(failed)?;
         let source = Arc::new(FileSource::new(file.try_clone().map_err(failed)?)?);
         let mut opened = Self {
-            path: path.to_path_buf(),
             device: metadata.dev(),
             file,
             source,

@@ -17,8 +17,11 @@ mod create;
 #[cfg(feature = "fuse")]
 mod daemon;
 mod df;
+mod differ;
+mod export;
 mod failure;
 mod grow;
+mod identity;
 mod image;
 mod info;
 mod logging;
@@ -68,6 +71,7 @@ enum Verb {
     Clone(clone::Clone),
     Convert(convert::Convert),
     Df(df::Df),
+    Export(export::Export),
     Grow(grow::Grow),
     Info(info::Info),
     Check(check::Check),
@@ -78,7 +82,7 @@ enum Verb {
 const GROUPS: &[(&str, &[&str])] = &[
     ("Set up", &["create", "mount", "umount", "grow"]),
     ("Every day", &["clone", "df", "info"]),
-    ("Formats of others", &["convert"]),
+    ("Formats of others", &["convert", "export"]),
     ("Trust", &["check", "scrub"]),
 ];
 
@@ -130,6 +134,7 @@ fn dispatch(cli: &Cli) -> Result<(), Failure> {
         Verb::Clone(args) => clone::run(args, output),
         Verb::Convert(args) => convert::run(args, output),
         Verb::Df(args) => df::run(args, output),
+        Verb::Export(args) => export::run(args, output),
         Verb::Grow(args) => grow::run(args, output),
         Verb::Info(args) => info::run(args, output),
         Verb::Check(args) => check::run(args, output),

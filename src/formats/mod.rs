@@ -22,8 +22,8 @@ use crate::error::{Error, Kind, Result};
 
 mod bytes;
 pub mod chain;
-pub mod ova;
 pub mod layout;
+pub mod ova;
 pub mod probe;
 pub mod qcow2;
 pub mod raw;
