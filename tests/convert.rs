@@ -112,7 +112,7 @@ fn a_hundred_gibibytes_cost_a_few_mebibytes() {
     let (mut random, mut at) = (SplitMix64::new(3), 0);
     while at < 32 << 20 {
         let bytes: Vec<u8> = (0..1 << 17)
-            .flat_map(|_| random.next_u64().to_le_bytes())
+            .flat_map(|_| random.next().to_le_bytes())
             .collect();
         file.write_all_at(&bytes, at).unwrap();
         at += bytes.len() as u64;

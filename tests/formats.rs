@@ -1,13 +1,23 @@
-//! Images of real products: each reads as its manifest says. The images are not part of the project
-//! (their licences forbid it): `NODUPE_SAMPLES` names a folder with them, unpacked.
+//! Readers of image formats: images of every kind that the project makes itself, or that are put
+//! together here, read as written; those that lie are refused.
+//!
+//! Images of real products, and broken ones, are not part of the project (their licences forbid it):
+//! `NODUPE_SAMPLES` and `NODUPE_HOSTILE` name folders with them, unpacked.
 #![allow(clippy::unwrap_used)]
 
+#[path = "import/images.rs"]
+mod images;
+
+use std::fs::{self, File};
+use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
 use nodupe::error::Result;
 use nodupe::formats::Format;
 use nodupe::formats::chain::Chain;
 use nodupe::transfer::Library;
+
+use images::{Disk, Kind, chain, write};
 use sha2::{Digest, Sha256};
 
 /// The disk of a file, with its parents, as an import finds them.
@@ -44,10 +54,170 @@ fn digest(chain: &Chain) -> Result<String> {
     Ok(sha.finalize().iter().map(|b| format!("{b:02x}")).collect())
 }
 
+/// All bytes of a disk.
+fn read(path: &Path) -> Result<Vec<u8>> {
+    let disk = disk(path, None)?;
+    let mut bytes = vec![0; disk.size() as usize];
+    disk.read(0, &mut bytes)?;
+    Ok(bytes)
+}
+
+fn patch(path: &Path, at: u64, bytes: &[u8]) {
+    let file = File::options().write(true).open(path).unwrap();
+    file.write_all_at(bytes, at).unwrap();
+}
+
+#[test]
+fn chains_read_as_written() {
+    for kind in Kind::ALL {
+        let home = tempfile::tempdir().unwrap();
+        for (name, disk) in chain(home.path(), kind, 4) {
+            assert!(
+                read(&home.path().join(&name)).unwrap() == disk.bytes,
+                "{name}"
+            );
+        }
+    }
+}
+
+#[test]
+fn a_clear_bit_of_a_vhd_is_the_parents_sector() {
+    let home = tempfile::tempdir().unwrap();
+    let disks = chain(home.path(), Kind::Vhd, 1);
+    let child = home.path().join("Vhd-1.vhd");
+    let bytes = fs::read(&child).unwrap();
+    // The first block that is there: its bitmap stands where the table says.
+    let number = |at: usize| u32::from_str_radix(&hex(&bytes[at..at + 4]), 16).unwrap();
+    let table = number(512 + 20) as usize;
+    let block = (0..3).find(|i| number(table + i * 4) != u32::MAX).unwrap();
+    let bitmap = u64::from(number(table + block * 4)) * 512;
+    patch(&child, bitmap, &[0b1010_1010; 512]);
+    let mut wanted = disks[1].1.bytes.clone();
+    for sector in (block * 4096..(block + 1) * 4096).filter(|sector| sector % 2 == 1) {
+        let range = sector * 512..(sector + 1) * 512;
+        wanted[range.clone()].copy_from_slice(&disks[0].1.bytes[range]);
+    }
+    assert!(read(&child).unwrap() == wanted);
+}
+
+fn hex(bytes: &[u8]) -> String {
+    bytes.iter().map(|byte| format!("{byte:02x}")).collect()
+}
+
+/// A flat parent `p.vmdk` of 8 MiB, and `c.vmdk` with one extent of ESX.
+fn esx(dir: &Path, kind: &str, extent: &[u8]) -> Vec<u8> {
+    let parent = images::noise(3, 8 << 20);
+    fs::write(dir.join("p-flat.vmdk"), &parent).unwrap();
+    let text = |own: &str, parent: &str, extent: &str| {
+        format!(
+            "# Disk DescriptorFile\nversion=1\nCID={own}\nparentCID={parent}\n\
+             createType=\"vmfs\"\nparentFileNameHint=\"p.vmdk\"\n{extent}\n"
+        )
+    };
+    let flat = text("0000000a", "ffffffff", "RW 16384 VMFS \"p-flat.vmdk\"");
+    fs::write(
+        dir.join("p.vmdk"),
+        flat.replace("parentFileNameHint=\"p.vmdk\"\n", ""),
+    )
+    .unwrap();
+    let line = format!("RW 16384 {kind} \"c-delta.vmdk\"");
+    fs::write(dir.join("c.vmdk"), text("0000000b", "0000000a", &line)).unwrap();
+    fs::write(dir.join("c-delta.vmdk"), extent).unwrap();
+    parent
+}
+
+fn put32(bytes: &mut [u8], at: usize, numbers: &[u32]) {
+    for (i, number) in numbers.iter().enumerate() {
+        bytes[at + i * 4..at + i * 4 + 4].copy_from_slice(&number.to_le_bytes());
+    }
+}
+
+fn put64(bytes: &mut [u8], at: usize, number: u64) {
+    bytes[at..at + 8].copy_from_slice(&number.to_le_bytes());
+}
+
+#[test]
+fn deltas_of_esx_are_read() {
+    // COWD: sectors as grains, four tables of which one is there.
+    let mut cowd = vec![0; 41 * 512];
+    cowd[..4].copy_from_slice(b"COWD");
+    put32(&mut cowd, 4, &[1, 3, 16384, 1, 4, 4]);
+    put32(&mut cowd, 4 * 512, &[8]);
+    put32(&mut cowd, 8 * 512 + 5 * 4, &[40]);
+    cowd[40 * 512..].fill(0x5a);
+    let home = tempfile::tempdir().unwrap();
+    let mut wanted = esx(home.path(), "VMFSSPARSE", &cowd);
+    wanted[5 * 512..6 * 512].fill(0x5a);
+    assert!(read(&home.path().join("c.vmdk")).unwrap() == wanted);
+
+    // seSparse: grains of 4 KiB; one there, one zero.
+    let mut sparse = vec![0; (80 + 24) * 512];
+    for (at, number) in [
+        (0, 0xcafe_babe),
+        (8, 0x2_0000_0001),
+        (16, 16384),
+        (24, 8),
+        (32, 64),
+        (80, 1),
+        (128, 8),
+        (144, 16),
+        (192, 80),
+        (512, 0xcafe_cafe),
+        (8 * 512, 1 << 60),
+        (16 * 512 + 3 * 8, 3 << 60 | 2 << 48),
+        (16 * 512 + 4 * 8, 2 << 60),
+    ] {
+        put64(&mut sparse, at, number);
+    }
+    sparse[96 * 512..].fill(0xa5);
+    let home = tempfile::tempdir().unwrap();
+    let mut wanted = esx(home.path(), "SESPARSE", &sparse);
+    wanted[3 * 4096..4 * 4096].fill(0xa5);
+    wanted[4 * 4096..5 * 4096].fill(0);
+    assert!(read(&home.path().join("c.vmdk")).unwrap() == wanted);
+    patch(
+        &home.path().join("p.vmdk"),
+        0,
+        b"# Disk DescriptorFile\nversion=2\nCID=0000000c",
+    );
+    let why = read(&home.path().join("c.vmdk")).unwrap_err().to_string();
+    assert!(why.contains("its CID differs"), "{why}");
+}
+
+#[test]
+fn what_lies_is_refused() {
+    for kind in Kind::ALL {
+        let home = tempfile::tempdir().unwrap();
+        write(home.path(), "disk", kind, &Disk::base(1), None);
+        let path = home.path().join(format!("disk.{}", kind.extension()));
+        let len = fs::metadata(&path).unwrap().len();
+        let whole = fs::read(&path).unwrap();
+        // Cut off anywhere, it is refused; a VHD has the copy of its footer, and no more than that.
+        for cut in [0, 1, 300, 512, 4096, 65536, len / 2, len - 65536] {
+            fs::write(&path, &whole[..cut as usize]).unwrap();
+            assert!(read(&path).is_err(), "{kind:?} cut at {cut}");
+        }
+        // Tables that claim more than the file has.
+        let (at, value): (u64, &[u8]) = match kind {
+            Kind::Vhd => (512 + 28, &[0x7f; 4]),
+            Kind::Vhdx => (3 << 20, &[0x06, 0, 0, 0, 0, 0, 0xff, 0xff]),
+            Kind::Vmdk => (56, &[0x7f; 8]),
+            Kind::Qcow2 => (36, &[0x7f; 4]),
+            Kind::Vdi => (384, &[0x7f; 4]),
+        };
+        fs::write(&path, &whole).unwrap();
+        patch(&path, at, value);
+        let outcome = read(&path);
+        // The second directory of a VMDK is whole: then the first one's damage is told.
+        let survives = kind == Kind::Vmdk && outcome.is_ok();
+        assert!(outcome.is_err() || survives, "{kind:?}");
+    }
+}
+
 #[test]
 fn samples() {
     let Some(dir) = std::env::var_os("NODUPE_SAMPLES") else {
-        eprintln!("no samples");
+        eprintln!("samples of real products: NOT RUN: NODUPE_SAMPLES names none");
         return;
     };
     let dir = PathBuf::from(dir);
@@ -85,7 +255,7 @@ fn samples() {
 #[test]
 fn hostile() {
     let Some(dir) = std::env::var_os("NODUPE_HOSTILE") else {
-        eprintln!("no hostile");
+        eprintln!("broken images kept elsewhere: NOT RUN: NODUPE_HOSTILE names none");
         return;
     };
     let dir = PathBuf::from(dir);

@@ -214,6 +214,67 @@ fn deleting_gives_a_full_host_its_space_back() {
     assert_none("deleting_gives_a_full_host", &failures);
 }
 
+#[test]
+fn truncating_helps_a_host_that_small_files_filled_to_the_last_byte() {
+    let failures = for_each_seed(&seeds(24), |seed| {
+        let mut rng = SplitMix64::new(seed);
+        let (device, mut runner) = pool_on_host(LEAST + 600 + rng.below(300), seed)?;
+        must(&mut runner, &create("keep"))?;
+        let keep = id(&runner, "keep")?;
+        let mut offset = 0;
+        while may(
+            &mut runner,
+            &Op::Write(keep, offset, random_bytes(&mut rng, 64 * 1024)),
+        )? {
+            offset += 64 * KIB;
+        }
+        // There is a little again, so that small files are taken until that is used. Each needs a
+        // block and nodes of its own. A checkpoint comes now and then, as by itself.
+        device.limit_space(Some(device.taken() + 16 + rng.below(30)));
+        let often = 1 + rng.below(60);
+        let mut refused = 0;
+        for index in 0..4000 {
+            let name = format!("s{index}");
+            let made = may(&mut runner, &create(&name))?;
+            let wrote = made && {
+                let file = id(&runner, &name)?;
+                may(
+                    &mut runner,
+                    &Op::Write(file, 0, random_bytes(&mut rng, 4096)),
+                )?
+            };
+            refused += u32::from(!wrote);
+            if refused > 4 {
+                break;
+            }
+            if rng.below(often) == 0 {
+                may(&mut runner, &Op::Checkpoint)?;
+            }
+        }
+        if refused <= 4 {
+            return Err("the host never got full".into());
+        }
+        must(&mut runner, &Op::Truncate(keep, offset / 3))?;
+        // What it freed is free with the first checkpoint, and the host's behind it.
+        must(&mut runner, &Op::Checkpoint)?;
+        let after = device.host_free().map_err(|error| error.to_string())?;
+        if after < Some(offset / 3) {
+            return Err(format!(
+                "the host has {after:?} of {offset} after truncating"
+            ));
+        }
+        must(&mut runner, &create("more"))?;
+        let more = id(&runner, "more")?;
+        must(
+            &mut runner,
+            &Op::Write(more, 0, random_bytes(&mut rng, 64 * 1024)),
+        )?;
+        must(&mut runner, &Op::Sync)?;
+        survives(&device, &runner, seed)
+    });
+    assert_none("truncating_helps_a_host", &failures);
+}
+
 const GREEDY: Limits = Limits {
     nodes_max: 60,
     bytes_max: 10 * 1024 * KIB,

@@ -234,11 +234,7 @@ fn repair_and_compare(
             lines(&again.findings)
         ));
     }
-    let unsure = report
-        .actions
-        .iter()
-        .any(|action| matches!(action.code, 3 | 11));
-    if held == Held::Everything || held == Held::Verified && !unsure {
+    if held == Held::Everything || held == Held::Verified && !is_unsure(&report) {
         compare(&before.unwrap_or_default(), &now, original).map_err(|error| {
             let actions = report.actions.iter();
             let actions: String = actions
@@ -248,6 +244,12 @@ fn repair_and_compare(
         })?;
     }
     Ok(report)
+}
+
+/// Checksums are lost, or records of the journal were left out: see [`Held::Verified`].
+fn is_unsure(report: &RepairReport) -> bool {
+    let codes = report.actions.iter().map(|action| action.code);
+    codes.into_iter().any(|code| matches!(code, 3 | 11))
 }
 
 /// What was right before must be right now, and nothing may be wrong.
@@ -454,7 +456,11 @@ fn a_crash_at_every_write_of_a_repair_leaves_the_old_or_the_new_state() {
         let mut rng = SplitMix64::new(index);
         device.flip(block * B + 70, 3);
         device.record();
-        repair(&device)?;
+        // What the first repair left out, and said so, the second one does not know any more.
+        let held = match is_unsure(&repair(&device)?) {
+            true => Held::Nothing,
+            false => Held::Verified,
+        };
         let trace = device.take_trace();
         let mut replay = trace.replay();
         while replay.step() {
@@ -469,7 +475,7 @@ fn a_crash_at_every_write_of_a_repair_leaves_the_old_or_the_new_state() {
                     replay.position()
                 )
             };
-            repair_and_compare(&image, &original, Held::Verified).map_err(context)?;
+            repair_and_compare(&image, &original, held).map_err(context)?;
         }
         Ok(())
     });

@@ -28,6 +28,7 @@ const LAYERS: &[&[&str]] = &[
 const ENGINE_LAYERS: &[&[&str]] = &[
     &["types", "delta", "counters", "slots"],
     &[
+        "ahead",
         "nodes",
         "space",
         "cache",
@@ -36,6 +37,7 @@ const ENGINE_LAYERS: &[&[&str]] = &[
         "syncs",
         "refusals",
     ],
+    &["fetch"],
     &["meta"],
     &["tree"],
     &["extents", "namespace"],
@@ -52,10 +54,11 @@ const ENGINE_LAYERS: &[&[&str]] = &[
         "host",
         "discard",
         "file",
+        "read",
     ],
     &["range", "share", "names", "replay"],
     &["clone_tree", "recover"],
-    &["check", "scrub"],
+    &["check", "scrub", "parts"],
     &["repair"],
 ];
 
@@ -85,13 +88,25 @@ const CONFINED: &[(&str, &[&str], &str)] = &[
     ),
     (
         "parking_lot",
-        &["sync.rs", "device/sim/", "vfs/", "fuse/", "control.rs"],
+        &[
+            "sync.rs",
+            "device/sim/",
+            "vfs/",
+            "fuse/",
+            "control.rs",
+            "sync/watched.rs",
+        ],
         "locks of the engine come from sync, where a model checker can take their place",
     ),
     (
         "shuttle",
         &["sync.rs", "sync/"],
         "one module knows the model checker",
+    ),
+    (
+        "io_uring",
+        &["sys/ring.rs"],
+        "memory that the kernel writes to is watched over in one place",
     ),
     (
         "unsafe",

@@ -26,7 +26,7 @@ use super::template::templates;
 pub type Body = fn(&[u8]);
 
 /// All targets by name.
-pub const TARGETS: [(&str, Body); 7] = [
+pub const TARGETS: [(&str, Body); 8] = [
     ("superblock", superblock),
     ("node", node),
     ("record", record),
@@ -34,6 +34,7 @@ pub const TARGETS: [(&str, Body); 7] = [
     ("replay", replay),
     ("pool", pool),
     ("control", control),
+    ("image", super::images::image),
 ];
 
 /// The first bytes of a superblock, whose magic and checksum are right.

@@ -10,6 +10,7 @@ pub mod choose;
 pub mod exercise;
 pub mod fence;
 pub mod forge;
+pub mod images;
 pub mod records;
 pub mod seeds;
 pub mod template;

@@ -33,6 +33,12 @@ pub fn seeds() -> Vec<Seed> {
             seeds.push((target, (0..len).map(|_| rng.below(256) as u8).collect()));
         }
     }
+    for which in 0..20 {
+        // As it is, and with a few fields changed.
+        seeds.push(("image", vec![which]));
+        let tail = (0..40).map(|_| rng.below(256) as u8);
+        seeds.push(("image", std::iter::once(which).chain(tail).collect()));
+    }
     control(&mut seeds);
     seeds
 }

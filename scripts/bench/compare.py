@@ -53,7 +53,7 @@ SIZES = {
     "extents": (1_000_000, 20_000, "extents of the image of row 1"),
     "pool_extents": (100_000_000, 500_000, "extents of the pool of rows 10 to 12"),
 }
-TOOLS = ("fio", "mkfs.xfs", "mkfs.btrfs", "losetup", "qemu-img", "qemu-storage-daemon", "perf", "du", "findmnt")
+TOOLS = ("fio", "mkfs.xfs", "mkfs.btrfs", "losetup", "qemu-img", "qemu-storage-daemon", "findmnt")
 
 
 def arguments():

@@ -23,7 +23,9 @@ mod failure;
 mod grow;
 mod identity;
 mod image;
+mod import;
 mod info;
+mod inspect;
 mod logging;
 #[cfg(feature = "fuse")]
 mod mount;
@@ -73,7 +75,9 @@ enum Verb {
     Df(df::Df),
     Export(export::Export),
     Grow(grow::Grow),
+    Import(import::Import),
     Info(info::Info),
+    Inspect(inspect::Inspect),
     Check(check::Check),
     Scrub(scrub::Scrub),
 }
@@ -82,7 +86,7 @@ enum Verb {
 const GROUPS: &[(&str, &[&str])] = &[
     ("Set up", &["create", "mount", "umount", "grow"]),
     ("Every day", &["clone", "df", "info"]),
-    ("Formats of others", &["convert", "export"]),
+    ("Images", &["import", "inspect", "convert", "export"]),
     ("Trust", &["check", "scrub"]),
 ];
 
@@ -136,7 +140,9 @@ fn dispatch(cli: &Cli) -> Result<(), Failure> {
         Verb::Df(args) => df::run(args, output),
         Verb::Export(args) => export::run(args, output),
         Verb::Grow(args) => grow::run(args, output),
+        Verb::Import(args) => import::run(args, output),
         Verb::Info(args) => info::run(args, output),
+        Verb::Inspect(args) => inspect::run(args, output),
         Verb::Check(args) => check::run(args, output),
         Verb::Scrub(args) => scrub::run(args, output),
     }

@@ -2,116 +2,109 @@
 //!
 //! Invariants:
 //!
-//! 1. A buffer begins on a block boundary and is as long as asked for, at most [`LARGE_LEN`].
-//! 2. At most `SMALL_KEPT_MAX * SMALL_LEN + LARGE_KEPT_MAX * LARGE_LEN` = 14 MiB stay allocated
-//!    while no transfer runs.
+//! 1. A buffer begins on a block boundary and is as long as asked for, at most [`CHUNK_MAX`].
+//! 2. At most the sum over [`CLASSES`] = 17 MiB stay allocated while no transfer runs.
 
-use std::fmt;
 use std::ops::{Deref, DerefMut};
+use std::sync::Arc;
 
 use crate::sync::Mutex;
+use crate::sys::memory::Aligned;
+#[cfg(test)]
 use crate::units::BLOCK_SIZE;
 
-/// Bytes of a small buffer: most transfers are a block or a few.
-const SMALL_LEN: usize = 128 * 1024; // 128 KiB
-/// Bytes of a large buffer: enough for a disk to be at its full speed, and one request of FUSE.
-const LARGE_LEN: usize = 1024 * 1024; // 1 MiB
-/// Small buffers kept for reuse.
-const SMALL_KEPT_MAX: usize = 16; // 2 MiB in all
-/// Large buffers kept for reuse: one for each thread that is likely to run.
-const LARGE_KEPT_MAX: usize = 12; // 12 MiB in all
+/// Longest buffer, in bytes: enough for a disk to be at its full speed, and one request of FUSE.
+const CHUNK_MAX: usize = 1024 * 1024; // 1 MiB
 
-/// Buffers waiting for the next transfer.
-#[derive(Debug, Default)]
+/// Bytes of the buffers of a class, and how many are kept for reuse: single blocks, runs of
+/// fragmented files, what is read ahead, and one large one for each thread that is likely to run.
+const CLASSES: [(usize, usize); 7] = [
+    (16 * 1024, 128), // 2 MiB in all
+    (32 * 1024, 32),  // 1 MiB in all
+    (64 * 1024, 16),  // 1 MiB in all
+    (128 * 1024, 8),  // 1 MiB in all
+    (256 * 1024, 8),  // 2 MiB in all
+    (512 * 1024, 4),  // 2 MiB in all
+    (CHUNK_MAX, 8),   // 8 MiB in all
+];
+
+/// Buffers waiting for the next transfer, by class. Guarded by themselves, held for a push or a
+/// pop only.
+type Kept = [Mutex<Vec<Aligned>>; CLASSES.len()];
+
+/// Where buffers come from and go back to.
+#[derive(Clone, Debug, Default)]
 pub(crate) struct BouncePool {
-    /// Guarded by itself, held for a push or a pop only.
-    small: Mutex<Vec<Aligned>>,
-    /// As `small`.
-    large: Mutex<Vec<Aligned>>,
+    kept: Arc<Kept>,
 }
 
 impl BouncePool {
     /// Longest buffer there is, in bytes, a multiple of the block size.
     pub(crate) fn chunk_max(&self) -> usize {
-        LARGE_LEN
+        CHUNK_MAX
     }
 
     /// A buffer of `len` bytes with any contents.
-    pub(crate) fn take(&self, len: usize) -> Bounce<'_> {
-        assert!(len <= LARGE_LEN, "transfer was not split len={len}");
-        let (kept, capacity) = if len <= SMALL_LEN {
-            (&self.small, SMALL_LEN)
-        } else {
-            (&self.large, LARGE_LEN)
-        };
-        let reused = kept.lock().pop();
+    pub(crate) fn take(&self, len: usize) -> Bounce {
+        let class = CLASSES.iter().position(|class| len <= class.0);
+        let class = class.unwrap_or_else(|| panic!("transfer was not split len={len}"));
+        let reused = self.kept[class].lock().pop();
         Bounce {
-            memory: reused.unwrap_or_else(|| Aligned::new(capacity)),
+            memory: reused.unwrap_or_else(|| Aligned::new(CLASSES[class].0)),
             len,
-            kept,
+            kept: Arc::clone(&self.kept),
         }
-    }
-}
-
-/// Memory with a block boundary in it and a given length behind that.
-struct Aligned {
-    bytes: Vec<u8>,
-    start: usize,
-}
-
-impl fmt::Debug for Aligned {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        // Never the bytes: devices are printed in messages, and the bytes are users' data.
-        write!(f, "{} bytes", self.bytes.len())
-    }
-}
-
-impl Aligned {
-    fn new(capacity: usize) -> Self {
-        // One block more than asked for, so that a boundary is in the first block. The vector is
-        // never resized, so its memory never moves.
-        let bytes = vec![0; capacity + BLOCK_SIZE];
-        let start = bytes.as_ptr().addr().next_multiple_of(BLOCK_SIZE) - bytes.as_ptr().addr();
-        Self { bytes, start }
     }
 }
 
 /// A buffer in use; goes back to its pool when dropped.
 #[derive(Debug)]
-pub(crate) struct Bounce<'a> {
+pub struct Bounce {
     memory: Aligned,
     len: usize,
-    kept: &'a Mutex<Vec<Aligned>>,
+    kept: Arc<Kept>,
 }
 
-impl Deref for Bounce<'_> {
+impl Bounce {
+    /// Takes the memory away for a transfer. The buffer has none until it is
+    /// [`restored`](Self::restore).
+    pub(crate) fn lend(&mut self) -> Aligned {
+        std::mem::replace(&mut self.memory, Aligned::nothing())
+    }
+
+    /// Gives the memory back.
+    pub(crate) fn restore(&mut self, memory: Aligned) {
+        self.memory = memory;
+    }
+
+    /// Bytes it was taken for, also while its memory is lent.
+    pub(crate) fn asked(&self) -> usize {
+        self.len
+    }
+}
+
+impl Deref for Bounce {
     type Target = [u8];
 
     fn deref(&self) -> &[u8] {
-        &self.memory.bytes[self.memory.start..][..self.len]
+        self.memory.bytes(self.len)
     }
 }
 
-impl DerefMut for Bounce<'_> {
+impl DerefMut for Bounce {
     fn deref_mut(&mut self) -> &mut [u8] {
-        &mut self.memory.bytes[self.memory.start..][..self.len]
+        self.memory.bytes_mut(self.len)
     }
 }
 
-impl Drop for Bounce<'_> {
+impl Drop for Bounce {
     fn drop(&mut self) {
-        let empty = Aligned {
-            bytes: Vec::new(),
-            start: 0,
+        let memory = self.lend();
+        let Some(class) = CLASSES.iter().position(|class| class.0 == memory.len()) else {
+            return; // lent and not given back
         };
-        let memory = std::mem::replace(&mut self.memory, empty);
-        let kept_max = if memory.bytes.len() < LARGE_LEN {
-            SMALL_KEPT_MAX
-        } else {
-            LARGE_KEPT_MAX
-        };
-        let mut kept = self.kept.lock();
-        if kept.len() < kept_max {
+        let mut kept = self.kept[class].lock();
+        if kept.len() < CLASSES[class].1 {
             kept.push(memory);
         }
     }
@@ -125,7 +118,7 @@ mod tests {
     fn buffers_are_aligned_and_reused() {
         let pool = BouncePool::default();
         let first = pool.take(BLOCK_SIZE).as_ptr().addr();
-        for len in [BLOCK_SIZE, SMALL_LEN, SMALL_LEN + BLOCK_SIZE, LARGE_LEN] {
+        for len in [BLOCK_SIZE, 64 * 1024, 64 * 1024 + BLOCK_SIZE, CHUNK_MAX] {
             let buffer = pool.take(len);
             assert_eq!(buffer.len(), len);
             assert!(buffer.as_ptr().addr().is_multiple_of(BLOCK_SIZE));
@@ -136,8 +129,16 @@ mod tests {
     #[test]
     fn idle_buffers_are_bounded() {
         let pool = BouncePool::default();
-        let many: Vec<_> = (0..40).map(|_| pool.take(LARGE_LEN)).collect();
+        let many: Vec<_> = (0..40).map(|_| pool.take(CHUNK_MAX)).collect();
         drop(many);
-        assert_eq!(pool.large.lock().len(), LARGE_KEPT_MAX);
+        assert_eq!(pool.kept[6].lock().len(), CLASSES[6].1);
+        let mut lent = pool.take(BLOCK_SIZE);
+        let memory = lent.lend();
+        lent.restore(memory);
+        assert_eq!(lent.len(), BLOCK_SIZE);
+        let before = pool.kept[0].lock().len();
+        lent.lend();
+        drop(lent);
+        assert_eq!(pool.kept[0].lock().len(), before);
     }
 }

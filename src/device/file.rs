@@ -13,10 +13,12 @@ use std::io::{self, Seek, SeekFrom};
 use std::os::unix::fs::{FileExt, FileTypeExt, MetadataExt};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, OnceLock};
 
 use super::BlockDevice;
 use super::bounce::BouncePool;
 use super::content::{self, HEAD_LEN, TAIL_LEN};
+use super::queue::ReadQueue;
 use crate::error::{Error, Kind, Result};
 use crate::sys::block;
 use crate::units::BLOCK_SIZE;
@@ -38,10 +40,19 @@ pub enum OpenMode {
     ReadWrite,
 }
 
+/// Blocks that are read along rather than left out, 32 KiB: as long as another transfer takes.
+const GAP_MAX: u64 = 8;
+
+/// Environment variable that keeps `io_uring` out, for where the kernel has it and it does not
+/// work well.
+const NO_RING: &str = "NODUPE_NO_IO_URING";
+
 /// A file or block device, locked while it is open.
 #[derive(Debug)]
 pub struct FileDevice {
-    file: File,
+    /// Goes before the file: what is under way ends first.
+    queue: OnceLock<Option<ReadQueue>>,
+    file: Arc<File>,
     path: PathBuf,
     /// Bytes, a multiple of the block size. Grows only.
     len: AtomicU64,
@@ -269,8 +280,9 @@ impl FileDevice {
             );
         }
         Ok(Self {
+            queue: OnceLock::new(),
             is_block_device: metadata.file_type().is_block_device(),
-            file,
+            file: Arc::new(file),
             path: path.to_path_buf(),
             len: AtomicU64::new(raw / BLOCK * BLOCK),
             direct,
@@ -307,6 +319,20 @@ impl FileDevice {
         }
     }
 
+    /// Reads through `io_uring`, by threads where that is forbidden.
+    fn start_queue(&self) -> Option<ReadQueue> {
+        if std::env::var_os(NO_RING).is_none() {
+            match ReadQueue::ring(Arc::clone(&self.file)) {
+                Ok(queue) => return Some(queue),
+                Err(error) => log::info!("no io_uring here, threads read instead: {error}"),
+            }
+        }
+        let file = Arc::clone(&self.file);
+        ReadQueue::threads(move |addr, buf| file.read_exact_at(buf, addr))
+            .inspect_err(|error| log::warn!("no threads for reads: {error}"))
+            .ok()
+    }
+
     /// True if the host can transfer to or from this memory as it is.
     fn is_straight(&self, memory: &[u8]) -> bool {
         !self.direct || memory.as_ptr().addr().is_multiple_of(BLOCK_SIZE)
@@ -331,6 +357,14 @@ impl BlockDevice for FileDevice {
             at += chunk.len() as u64;
         }
         Ok(())
+    }
+
+    fn queue(&self) -> Option<&ReadQueue> {
+        self.queue.get_or_init(|| self.start_queue()).as_ref()
+    }
+
+    fn gap_max(&self) -> u64 {
+        GAP_MAX
     }
 
     fn write_at(&self, addr: u64, data: &[u8]) -> io::Result<()> {

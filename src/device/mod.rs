@@ -18,10 +18,13 @@ use std::io;
 mod bounce;
 mod content;
 mod file;
+mod queue;
 mod sim;
 
+pub use bounce::Bounce;
 pub(crate) use bounce::BouncePool;
 pub use file::{FileDevice, OpenMode};
+pub use queue::{QueuedRead, ReadDone, ReadQueue};
 pub use sim::{Fault, FaultOp, Repeat, SimCounts, SimDevice, SimReplay, SimTrace, SplitMix64};
 
 /// A device or file that holds a pool (or a journal). See the module for the contract.
@@ -36,6 +39,17 @@ pub trait BlockDevice: Send + Sync + Debug {
 
     /// Fills `buf` from `addr`: whole or an error, never short. Bytes never written read as zero.
     fn read_at(&self, addr: u64, buf: &mut [u8]) -> io::Result<()>;
+
+    /// Where reads are handed over that nobody waits for; `None` where there is no such thing and
+    /// whoever wants to read waits. Threads may start at the first call.
+    fn queue(&self) -> Option<&ReadQueue> {
+        None
+    }
+
+    /// Most blocks between two wanted ones that are cheaper read and thrown away than left out.
+    fn gap_max(&self) -> u64 {
+        0
+    }
 
     /// Writes all of `data` at `addr`. Not durable before the next [`sync`](Self::sync).
     fn write_at(&self, addr: u64, data: &[u8]) -> io::Result<()>;

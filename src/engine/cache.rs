@@ -9,86 +9,133 @@
 //! 3. A block freed by a checkpoint is not allocated again before every reader that began
 //!    before has ended.
 
-use std::collections::HashSet;
+use std::collections::HashMap;
 use std::num::NonZeroUsize;
 use std::sync::Arc;
 
 use lru::LruCache;
 
+use crate::error::{Error, Result};
 use crate::ondisk::Page;
 use crate::sync::atomic::{AtomicU64, Ordering};
-use crate::sync::{Condvar, Mutex, thread};
+use crate::sync::{Mutex, ranked, thread};
 
 /// Shards of the cache, so that readers seldom meet.
 const SHARDS: usize = 16;
 
+/// Called with a block that somebody else has read, or with why that failed.
+pub(crate) type Waiter = Box<dyn FnOnce(Result<Arc<Page>>) + Send>;
+
+/// What a reader finds that needs a block.
+#[derive(Debug)]
+pub(crate) enum Look {
+    /// Its contents.
+    Here(Arc<Page>),
+    /// Nothing: the caller reads it, and calls [`BlockCache::loaded`].
+    Ours,
+    /// Somebody else reads it, and will call the waiter.
+    Theirs,
+}
+
 /// Data blocks in memory.
 #[derive(Debug)]
 pub(crate) struct BlockCache {
-    /// Rank 7 in the lock order: nothing is locked while one is held.
-    shards: Vec<Mutex<LruCache<u64, Arc<Page>>>>,
-    /// Blocks that somebody is reading from the device. Rank 7.
-    loading: Mutex<HashSet<u64>>,
-    loaded: Condvar,
+    shards: Vec<Mutex<Shard>>,
+}
+
+/// Rank 8 in the lock order: nothing is locked while one is held.
+struct Shard {
+    pages: LruCache<u64, Arc<Page>>,
+    /// Blocks that somebody is reading from the device, and who waits for them.
+    loading: HashMap<u64, Vec<Waiter>>,
+}
+
+impl std::fmt::Debug for Shard {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "Shard({} blocks)", self.pages.len())
+    }
 }
 
 impl BlockCache {
     /// A cache of at most `blocks_max` blocks.
     pub(crate) fn new(blocks_max: usize) -> Self {
         let each = NonZeroUsize::new(blocks_max / SHARDS).unwrap_or(NonZeroUsize::MIN);
+        let shard = || Shard {
+            pages: LruCache::new(each),
+            loading: HashMap::new(),
+        };
         Self {
-            shards: (0..SHARDS)
-                .map(|_| Mutex::new(LruCache::new(each)))
-                .collect(),
-            loading: Mutex::new(HashSet::new()),
-            loaded: Condvar::new(),
+            shards: (0..SHARDS).map(|_| ranked::mutex(8, shard())).collect(),
         }
     }
 
-    fn shard(&self, block: u64) -> &Mutex<LruCache<u64, Arc<Page>>> {
+    fn shard(&self, block: u64) -> &Mutex<Shard> {
         &self.shards[(block / 8) as usize % SHARDS]
     }
 
     /// The contents of a block, if they are here.
     pub(crate) fn get(&self, block: u64) -> Option<Arc<Page>> {
-        self.shard(block).lock().get(&block).cloned()
+        self.shard(block).lock().pages.get(&block).cloned()
     }
 
     /// Keeps the contents of a block.
     pub(crate) fn put(&self, block: u64, page: Arc<Page>) {
-        self.shard(block).lock().put(block, page);
+        let old = self.shard(block).lock().pages.push(block, page);
+        drop(old); // its memory is given back without the lock
     }
 
     /// Forgets a block.
     pub(crate) fn remove(&self, block: u64) {
-        self.shard(block).lock().pop(&block);
+        self.shard(block).lock().pages.pop(&block);
     }
 
-    /// Claims the blocks of `wanted` that nobody reads yet; the caller must read them and call
-    /// [`release`](Self::release). The others are being read by somebody else.
-    pub(crate) fn claim(&self, wanted: impl Iterator<Item = u64>) -> HashSet<u64> {
-        let mut loading = self.loading.lock();
-        wanted.filter(|block| loading.insert(*block)).collect()
-    }
-
-    /// The claimed blocks are in the cache, or could not be read.
-    pub(crate) fn release(&self, claimed: &HashSet<u64>) {
-        let mut loading = self.loading.lock();
-        for block in claimed {
-            loading.remove(block);
+    /// Looks for a block that the caller, which is pinned, is going to read.
+    pub(crate) fn look(&self, block: u64, waiter: impl FnOnce() -> Waiter) -> Look {
+        let shard = &mut *self.shard(block).lock();
+        if let Some(page) = shard.pages.get(&block) {
+            return Look::Here(Arc::clone(page));
         }
-        drop(loading);
-        self.loaded.notify_all();
+        match shard.loading.get_mut(&block) {
+            Some(waiters) => {
+                waiters.push(waiter());
+                Look::Theirs
+            }
+            None => {
+                shard.loading.insert(block, Vec::new());
+                Look::Ours
+            }
+        }
     }
 
-    /// Waits until nobody else reads `block`, and returns it if it arrived.
-    pub(crate) fn wait(&self, block: u64) -> Option<Arc<Page>> {
-        let mut loading = self.loading.lock();
-        while loading.contains(&block) {
-            self.loaded.wait(&mut loading);
+    /// The caller, which was told [`Look::Ours`], has read the block, or could not. It is kept if
+    /// the caller wants that, or if somebody else waits for it. Called without a lock held.
+    pub(crate) fn loaded(&self, block: u64, bytes: std::result::Result<&Page, &Error>, keep: bool) {
+        // I2: what is kept is here before it is not loading any more.
+        let kept = bytes.ok().filter(|_| keep).map(|bytes| Arc::new(*bytes));
+        if let Some(page) = &kept {
+            self.put(block, Arc::clone(page));
         }
-        drop(loading);
-        self.get(block)
+        let waiters = self.shard(block).lock().loading.remove(&block);
+        let waiters = waiters.unwrap_or_default();
+        if waiters.is_empty() {
+            return;
+        }
+        match bytes {
+            Ok(bytes) => {
+                let page = kept.unwrap_or_else(|| Arc::new(*bytes));
+                if !keep {
+                    self.put(block, Arc::clone(&page));
+                }
+                for waiter in waiters {
+                    waiter(Ok(Arc::clone(&page)));
+                }
+            }
+            Err(error) => {
+                for waiter in waiters {
+                    waiter(Err(error.duplicate()));
+                }
+            }
+        }
     }
 }
 
@@ -103,8 +150,8 @@ pub(crate) struct Readers {
 
 /// A reader at work; blocks it can see are not used again.
 #[derive(Debug)]
-pub(crate) struct Pin<'a> {
-    readers: &'a Readers,
+pub(crate) struct Pin {
+    readers: Arc<Readers>,
     slot: usize,
 }
 
@@ -115,7 +162,7 @@ impl Readers {
     }
 
     /// Begins to read.
-    pub(crate) fn pin(&self) -> Pin<'_> {
+    pub(crate) fn pin(self: &Arc<Self>) -> Pin {
         self.begun.fetch_add(1, Ordering::Relaxed);
         loop {
             let epoch = self.epoch.load(Ordering::SeqCst);
@@ -123,7 +170,7 @@ impl Readers {
             self.active[slot].fetch_add(1, Ordering::SeqCst);
             if self.epoch.load(Ordering::SeqCst) == epoch {
                 return Pin {
-                    readers: self,
+                    readers: Arc::clone(self),
                     slot,
                 };
             }
@@ -148,7 +195,7 @@ impl Readers {
     }
 }
 
-impl Drop for Pin<'_> {
+impl Drop for Pin {
     fn drop(&mut self) {
         self.readers.active[self.slot].fetch_sub(1, Ordering::SeqCst);
     }

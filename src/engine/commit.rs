@@ -10,15 +10,25 @@
 //!    if the host had no space for a batch it stays queued, and a later round may write it.
 //! 4. The cut of a checkpoint goes before everybody who waits: a leader steps down for it, and
 //!    nobody else leads. Whoever it left waiting is led for by the commit thread.
-//! 5. Nobody waits for a leader in name: while the batch of a cut is held because the host refused
+//! 5. What was written ahead is durable only with the next round of a leader, which makes it so
+//!    before anything else.
+//! 6. Nobody waits for a leader in name: while the batch of a cut is held because the host refused
 //!    its checkpoint, syncs are refused at once.
 
 use crate::error::{Error, Kind, Result};
+use crate::sync::atomic::Ordering;
 use crate::sync::mpsc;
 
-use super::journal::Cut;
+use super::journal::{Cut, Journal};
 use super::pool::Pool;
+use super::stage::Batch;
 use super::waiters::Done;
+
+/// Rounds in a row after which one writer that syncs each write is expected to go on like that. One
+/// for the model checker, whose worlds are short.
+const ALONE: u32 = if cfg!(feature = "shuttle") { 1 } else { 3 };
+/// More than this in a batch was not one write of a guest: 64 KiB.
+const SMALL_ITEMS: usize = 16;
 
 /// What a round of the leader came to.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -65,7 +75,7 @@ impl Pool {
             if self.is_threaded() {
                 self.request_checkpoint();
             }
-            return done(Err(refused_checkpoint())); // I5
+            return done(Err(refused_checkpoint())); // I6
         }
         state.waiters.push((pushed, done));
         if state.leader || state.cutting {
@@ -123,20 +133,95 @@ impl Pool {
             } else {
                 Ok(())
             };
-            match flushed.and_then(|()| journal.append(&batch)) {
-                Err(error) if error.kind() == Kind::NoSpace => {
-                    // Nothing is lost: the next round writes it again, to the same place.
-                    self.stage.lock().untake(batch);
-                    return Err(self.host_refused(error));
-                }
-                written => written.inspect_err(|error| self.poison(error))?,
-            }
+            flushed.inspect_err(|error| self.poison(error))?;
         }
-        if journal.used() > journal.size() / 2 {
-            drop(journal);
+        let is_foreseen = !journal.is_unsynced() || batch.is_empty();
+        let (upto, is_small) = (batch.upto, batch.items.len() <= SMALL_ITEMS);
+        self.append(&mut journal, batch)?;
+        journal.sync().inspect_err(|error| self.poison(error))?;
+        let is_half_full = journal.used() > journal.size() / 2;
+        drop(journal);
+        if is_half_full {
             self.wake_worker();
         }
-        Ok(Round::Durable(batch.upto))
+        let mut state = self.commit.state.lock();
+        state.written = None;
+        if !is_small || !is_foreseen {
+            state.alone = 0;
+        }
+        Ok(Round::Durable(upto))
+    }
+
+    /// Appends a batch, if there is anything in it.
+    fn append(&self, journal: &mut Journal, batch: Batch) -> Result<()> {
+        if batch.is_empty() {
+            return Ok(());
+        }
+        match journal.append(&batch) {
+            Err(error) if error.kind() == Kind::NoSpace => {
+                // Nothing is lost: the next round writes it again, to the same place.
+                self.stage.lock().untake(batch);
+                Err(self.host_refused(error))
+            }
+            written => written.inspect_err(|error| self.poison(error)),
+        }
+    }
+
+    /// To be called when a write was answered: if the last syncs were all of one write by one
+    /// writer, its next sync finds what it is about in the ring, and has only that to wait for.
+    /// Nothing is durable by this.
+    pub fn anticipate_sync(&self) {
+        if !self.commit.expects_sync.load(Ordering::Relaxed) {
+            return;
+        }
+        let mut state = self.commit.state.lock();
+        if state.leader || state.cutting || !state.waiters.is_empty() {
+            return;
+        }
+        state.leader = true;
+        drop(state);
+        if let Err(error) = self.write_ahead() {
+            return self.fail_waiters(&error);
+        }
+        let mut state = self.commit.state.lock();
+        if state.waiters.is_empty() || state.cutting {
+            state.leader = false; // I4
+            self.commit.free.notify_all();
+            return;
+        }
+        drop(state);
+        self.lead();
+    }
+
+    /// Writes what is queued to the ring, without a sync. The caller leads.
+    fn write_ahead(&self) -> Result<()> {
+        self.check_poison()?;
+        let mut journal = self.journal.lock();
+        let mut stage = self.stage.lock();
+        let room = journal.fits(stage.pending_bytes(), false);
+        // With a batch that is not durable in the ring it would wait for a sync: it was no use.
+        if stage.is_clean() || stage.needs_flush() || journal.is_unsynced() || !room {
+            return Ok(());
+        }
+        let oldest = stage.oldest();
+        let batch = stage.take();
+        drop(stage);
+        self.append(&mut journal, batch)?;
+        drop(journal);
+        self.commit.state.lock().written = oldest; // I5
+        Ok(())
+    }
+
+    /// True if a crash would lose something.
+    pub(crate) fn is_unsynced(&self) -> bool {
+        !self.stage.lock().is_clean() || self.commit.state.lock().written.is_some()
+    }
+
+    /// Milliseconds since the oldest change that a crash would lose.
+    pub(crate) fn unsynced_ms(&self) -> u64 {
+        let staged = self.stage.lock().unsynced_ms();
+        let written = self.commit.state.lock().written;
+        written.map_or(staged, |oldest| oldest.elapsed().as_millis() as u64)
     }
 
     /// Moves `durable` and takes out the waiters it satisfies. With `resign` steps down if none
@@ -149,6 +234,12 @@ impl Pool {
             .into_iter()
             .partition(|(need, _)| *need <= upto);
         state.waiters = waiting;
+        state.alone = match ready.len() {
+            1 => (state.alone + 1).min(ALONE),
+            _ => 0,
+        };
+        let expects = state.alone == ALONE;
+        self.commit.expects_sync.store(expects, Ordering::Relaxed);
         let yields = resign && state.cutting; // I4
         let more = !state.waiters.is_empty() && !yields;
         if resign && !more {
@@ -249,7 +340,7 @@ impl Pool {
         if cut.held.is_some() {
             // This thread still leads, in name: nobody may commit, nobody should wait for that.
             let mut state = self.commit.state.lock();
-            state.held = true; // I5
+            state.held = true; // I6
             let waiters = std::mem::take(&mut state.waiters);
             drop(state);
             refuse(waiters, error);

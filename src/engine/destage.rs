@@ -67,13 +67,18 @@ impl Pool {
     }
 
     fn destage_inode(&self, ino: Ino) -> Result<()> {
-        let frozen = self.stage.lock().frozen(ino);
-        for step in frozen.chunks(STEP) {
-            let placed = self.place_staged(step)?;
+        let mut from = 0;
+        loop {
+            // A step at a time: writers wait for the lock.
+            let step = self.stage.lock().frozen(ino, from, STEP);
+            let Some((last, _)) = step.last() else {
+                return Ok(());
+            };
+            from = last + 1;
+            let placed = self.place_staged(&step)?;
             self.map_placed(ino, placed)?;
             self.relief.notify_all();
         }
-        Ok(())
     }
 
     /// Writes staged blocks to new places; if the host has no space for them, to where it keeps

@@ -9,13 +9,14 @@
 //!    blocks are left over and mean nothing.
 
 use std::ops::ControlFlow;
+use std::sync::Arc;
 
 use crate::error::{Error, Result};
 use crate::ondisk::extent::{
     EXTENT_BLOCKS_MAX, Extent, NodeRef, Root, SUMS_LEN, SUMS_PER_RECORD, decode_extent,
     encode_extent,
 };
-use crate::ondisk::node::TreeKind;
+use crate::ondisk::node::{Node, TreeKind};
 use crate::ondisk::{get_u32, put_u32};
 
 use super::meta::Meta;
@@ -243,6 +244,34 @@ impl Meta {
             sums.extend((0..count).map(|i| get_u32(&record, (slot + i) * 4)));
         }
         Ok(sums)
+    }
+
+    /// The checksums of data blocks, which come in ascending order.
+    pub(crate) fn sums_of(
+        &self,
+        blocks: &mut dyn Iterator<Item = u64>,
+        sums: &mut Vec<u32>,
+    ) -> Result<()> {
+        // The leaf of the block before, and the first key behind it: neighbours share one.
+        let mut near: Option<(Arc<Node>, Option<u128>)> = None;
+        for block in blocks {
+            let key = u128::from(block / SUMS_PER_RECORD);
+            let slot = (block % SUMS_PER_RECORD) as usize;
+            let behind = |near: &(_, Option<u128>)| near.1.is_some_and(|bound| key >= bound);
+            if near.as_ref().is_none_or(behind) {
+                near = self.leaf(self.sums, TreeKind::Sums, key)?;
+            }
+            let found = near
+                .as_ref()
+                .and_then(|(leaf, _)| leaf.find(key).ok().map(|i| leaf.value(i)));
+            let Some(record) = found else {
+                return Err(Error::corrupt(format!(
+                    "data block has no checksum: block={block}"
+                )));
+            };
+            sums.push(get_u32(record, slot * 4));
+        }
+        Ok(())
     }
 
     /// Blocks of an extent map that no other file shares, and its extents.

@@ -8,8 +8,6 @@
 //!    bytes. Writes of whole blocks share the file.
 //! 3. What one call queues for the journal it queues at once, so that no crash separates it.
 
-use std::collections::{BTreeMap, HashSet};
-use std::ops::ControlFlow;
 use std::sync::Arc;
 
 use crate::error::{Error, Kind, Result};
@@ -17,12 +15,9 @@ use crate::ondisk::extent::Extent;
 use crate::ondisk::inode::{FILE_SIZE_MAX, FLAG_PINNED};
 use crate::ondisk::record::Record;
 use crate::ondisk::{Page, crc32c, is_zero};
-use crate::sync::atomic::Ordering;
 use crate::units::{BLOCK_SIZE, Ino, Time};
 
-use super::apply::{apply, attr_of, blocks_of};
-use super::counters::Counters;
-use super::extents::Mapped;
+use super::apply::{apply, attr_of};
 use super::meta::Meta;
 use super::pool::Pool;
 use super::space::Class;
@@ -31,9 +26,6 @@ use super::stage::{BLOCK_COST, Stage, Staged, TOUCH_COST, record_cost};
 /// Aligned writes of at least this many bytes go straight to new blocks: 64 KiB, where writing
 /// twice costs more than the flush it saves.
 const DIRECT_MIN: usize = 64 * 1024;
-/// Runs of at least this many blocks are read past the cache: whoever reads 512 KiB at once
-/// copies an image or scans it, and would only drive out what guests share.
-const STREAM_BLOCKS: u32 = 128;
 /// Most bytes of one direct step: one request of the kernel.
 const DIRECT_MAX: usize = 1024 * 1024;
 
@@ -54,27 +46,6 @@ pub(crate) fn staged(bytes: &[u8]) -> Staged {
         crc: crc32c(&page[..]),
         data: Some(page),
     }
-}
-
-/// Copies the overlap of a block at file offset `at` into `out`, which begins at `offset`.
-fn overlay(out: &mut [u8], offset: u64, at: u64, page: Option<&Page>) {
-    let (from, to) = (at.max(offset), (at + B).min(offset + out.len() as u64));
-    if from >= to {
-        return;
-    }
-    let target = &mut out[(from - offset) as usize..(to - offset) as usize];
-    match page {
-        Some(page) => target.copy_from_slice(&page[(from - at) as usize..(to - at) as usize]),
-        None => target.fill(0),
-    }
-}
-
-/// What a read found in memory, and what it must fetch.
-struct Plan {
-    size: u64,
-    staged: BTreeMap<u64, Staged>,
-    cached: Vec<(u64, Arc<Page>)>,
-    missing: Vec<(Mapped, Vec<u32>)>,
 }
 
 /// What a write came to.
@@ -98,225 +69,6 @@ pub(crate) enum Attempt<T> {
 }
 
 impl Pool {
-    /// Appends up to `len` bytes from `offset` to `out`: fewer at the end of the file, none
-    /// behind it.
-    ///
-    /// # Errors
-    /// `Corrupt` if a block is not what was written; `Io` if the device cannot be read.
-    pub fn read(&self, ino: Ino, offset: u64, len: usize, out: &mut Vec<u8>) -> Result<()> {
-        self.read_shown(ino, offset, len, out, false)
-    }
-
-    /// Reads; `hidden`: also what lies behind the end of a clone in pieces.
-    pub(crate) fn read_shown(
-        &self,
-        ino: Ino,
-        offset: u64,
-        len: usize,
-        out: &mut Vec<u8>,
-        hidden: bool,
-    ) -> Result<()> {
-        let _pin = self.readers.pin();
-        let end = offset.saturating_add(len as u64).min(FILE_SIZE_MAX);
-        if offset >= end {
-            return Ok(());
-        }
-        let plan = self.plan_read(ino, offset / B, end.div_ceil(B), hidden)?;
-        let end = end.min(plan.size);
-        if offset >= end {
-            return Ok(());
-        }
-        let start = out.len();
-        out.resize(start + (end - offset) as usize, 0);
-        let target = &mut out[start..];
-        for (block, page) in &plan.cached {
-            overlay(target, offset, block * B, Some(page));
-        }
-        for (part, sums) in &plan.missing {
-            if let Err(error) = self.fetch(*part, sums, target, offset) {
-                out.truncate(start);
-                return Err(error);
-            }
-        }
-        for (block, staged) in &plan.staged {
-            overlay(target, offset, block * B, staged.data.as_deref());
-        }
-        Ok(())
-    }
-
-    /// Looks up blocks `from` to `to` in stage, extent map and cache.
-    fn plan_read(&self, ino: Ino, from: u64, to: u64, hidden: bool) -> Result<Plan> {
-        let (attr, staged) = {
-            let stage = self.stage.lock();
-            match stage.file(ino) {
-                Some(file) => (Some(file.attr), file.range(from, to)),
-                None => (None, BTreeMap::new()),
-            }
-        };
-        let meta = self.meta.read();
-        let inode = meta.file(ino)?;
-        let size = attr.map_or(inode.size, |attr| attr.size);
-        let size = if hidden { FILE_SIZE_MAX } else { size };
-        let mut plan = Plan {
-            size,
-            staged,
-            cached: Vec::new(),
-            missing: Vec::new(),
-        };
-        let mut runs: Vec<Mapped> = Vec::new();
-        let mut lost = None;
-        meta.mapped(inode.root, from, to.min(blocks_of(size)), &mut |part| {
-            for i in 0..part.extent.len {
-                let (at, block) = (part.at + u64::from(i), part.extent.block + u64::from(i));
-                if plan.staged.contains_key(&at) {
-                    continue;
-                }
-                if part.extent.is_lost() {
-                    lost = Some(at);
-                    return ControlFlow::Break(());
-                }
-                if let Some(page) = self.cache.get(block) {
-                    plan.cached.push((at, page));
-                    continue;
-                }
-                match runs.last_mut() {
-                    Some(last) if last.end() == at && last.extent.end() == block => {
-                        last.extent.len += 1;
-                    }
-                    _ => runs.push(Mapped {
-                        at,
-                        extent: Extent { block, len: 1 },
-                    }),
-                }
-            }
-            ControlFlow::Continue(())
-        })?;
-        if let Some(at) = lost {
-            return Err(Error::corrupt(format!(
-                "this part of the file was lost, and a repair marked it: ino={ino} file block={at}; \
-                 write it anew or punch a hole"
-            )));
-        }
-        for run in runs {
-            plan.missing.push((run, meta.sums(run.extent)?));
-        }
-        Ok(plan)
-    }
-
-    /// Reads a run that is not in the cache, or waits for whoever reads parts of it already.
-    fn fetch(&self, part: Mapped, sums: &[u32], target: &mut [u8], offset: u64) -> Result<()> {
-        if part.extent.len >= STREAM_BLOCKS {
-            return self.fetch_run(part, sums, target, offset, false);
-        }
-        let blocks = part.extent.block..part.extent.end();
-        let claimed = self.cache.claim(blocks.clone());
-        let outcome = self.fetch_claimed(part, sums, &claimed, target, offset);
-        self.cache.release(&claimed);
-        outcome?;
-        for block in blocks.filter(|block| !claimed.contains(block)) {
-            let i = block - part.extent.block;
-            let page = match self.cache.wait(block) {
-                Some(page) => page,
-                // Evicted at once, or the other reader failed.
-                None => self.fetch_block(part.at + i, block, sums[i as usize])?,
-            };
-            overlay(target, offset, (part.at + i) * B, Some(&page));
-        }
-        Ok(())
-    }
-
-    fn fetch_claimed(
-        &self,
-        part: Mapped,
-        sums: &[u32],
-        claimed: &HashSet<u64>,
-        target: &mut [u8],
-        offset: u64,
-    ) -> Result<()> {
-        let mut i = 0;
-        while i < part.extent.len {
-            let run = (i..part.extent.len)
-                .take_while(|i| claimed.contains(&(part.extent.block + u64::from(*i))))
-                .count() as u32;
-            if run == 0 {
-                i += 1;
-                continue;
-            }
-            let extent = part.extent.tail(i).head(run);
-            let piece = Mapped {
-                at: part.at + u64::from(i),
-                extent,
-            };
-            self.fetch_run(
-                piece,
-                &sums[i as usize..(i + run) as usize],
-                target,
-                offset,
-                true,
-            )?;
-            i += run;
-        }
-        Ok(())
-    }
-
-    /// Reads a run from the device, checks it, and copies what is wanted of it to `target`,
-    /// which begins at file offset `offset`. `keep`: puts the blocks into the cache.
-    fn fetch_run(
-        &self,
-        run: Mapped,
-        sums: &[u32],
-        target: &mut [u8],
-        offset: u64,
-        keep: bool,
-    ) -> Result<()> {
-        let step = self.buffers.chunk_max() / BLOCK_SIZE;
-        for (n, sums) in sums.chunks(step).enumerate() {
-            let skip = (n * step) as u64;
-            let (at, first) = (run.at + skip, run.extent.block + skip);
-            let mut buffer = self.buffers.take(sums.len() * BLOCK_SIZE);
-            self.device
-                .read_at(first * B, &mut buffer)
-                .map_err(|source| {
-                    Error::io(format!("cannot read the pool: block={first}"), source)
-                })?;
-            for (i, (bytes, sum)) in buffer.chunks_exact(BLOCK_SIZE).zip(sums).enumerate() {
-                let block = first + i as u64;
-                check_sum(&self.counters, at + i as u64, block, bytes, *sum)?;
-                if keep {
-                    let mut page: Arc<Page> = Arc::new([0; BLOCK_SIZE]);
-                    Arc::make_mut(&mut page).copy_from_slice(bytes);
-                    self.cache.put(block, page);
-                }
-            }
-            // What of it lies within the target.
-            let (start, end) = (at * B, at * B + buffer.len() as u64);
-            let (from, to) = (start.max(offset), end.min(offset + target.len() as u64));
-            if from < to {
-                target[(from - offset) as usize..(to - offset) as usize]
-                    .copy_from_slice(&buffer[(from - start) as usize..(to - start) as usize]);
-            }
-        }
-        Ok(())
-    }
-
-    fn fetch_block(&self, at: u64, block: u64, sum: u32) -> Result<Arc<Page>> {
-        let mut page: Arc<Page> = Arc::new([0; BLOCK_SIZE]);
-        let bytes = &mut Arc::make_mut(&mut page)[..];
-        self.device
-            .read_at(block * B, bytes)
-            .map_err(|source| Error::io(format!("cannot read the pool: block={block}"), source))?;
-        check_sum(&self.counters, at, block, bytes, sum)?;
-        Ok(page)
-    }
-
-    /// The whole contents of one block of a file, zeros where there is nothing.
-    pub(crate) fn read_block(&self, ino: Ino, block: u64) -> Result<Vec<u8>> {
-        let mut bytes = Vec::with_capacity(BLOCK_SIZE);
-        self.read(ino, block * B, BLOCK_SIZE, &mut bytes)?;
-        bytes.resize(BLOCK_SIZE, 0);
-        Ok(bytes)
-    }
-
     /// Writes; grows the file as needed. Sets mtime and ctime.
     ///
     /// A write of up to 1 MiB that begins and ends on block borders happens wholly or not at
@@ -394,18 +146,22 @@ impl Pool {
         loop {
             self.throttle()?;
             self.check_host()?;
-            match self.with_space(|| self.try_write_staged(ino, offset, data, now))? {
+            let blocks = (offset % B + data.len() as u64).div_ceil(B);
+            let alone = self.ask_for_rescue(blocks)?;
+            match self.with_space(|| self.try_write_staged(ino, offset, data, alone, now))? {
                 Step::Done => return Ok(()),
                 Step::Pinned => self.end_clone(ino)?,
             }
         }
     }
 
+    /// `alone`: see [`check_rescue`](Self::check_rescue).
     fn try_write_staged(
         &self,
         ino: Ino,
         offset: u64,
         data: &[u8],
+        alone: bool,
         now: Time,
     ) -> Result<Attempt<Step>> {
         let end = offset + data.len() as u64;
@@ -427,7 +183,7 @@ impl Pool {
                 blocks.push((block, staged(&whole)));
             }
         }
-        self.check_rescue(blocks.len() as u64)?;
+        self.check_rescue(blocks.len() as u64, alone)?;
         self.counters.reserve(blocks.len() as u64)?;
         let outcome = self.stage_blocks(ino, &blocks, end, now);
         if !matches!(outcome, Ok(Attempt::Done(Step::Done))) {
@@ -589,8 +345,7 @@ impl Pool {
             for block in extent.block..extent.end() {
                 self.cache.remove(block); // I1 of the cache
             }
-            self.device_write(extent.block, bytes)?;
-            let sums = bytes.chunks_exact(BLOCK_SIZE).map(crc32c).collect();
+            let sums = self.write_copied(extent.block, bytes)?;
             records.push(Record::Map {
                 ino,
                 block: at,
@@ -600,6 +355,27 @@ impl Pool {
             i += len;
         }
         Ok(records)
+    }
+
+    /// Writes blocks from `first` of the pool on, and returns their checksums. The bytes of
+    /// a request lie anywhere in memory: they are copied to where direct I/O takes them, and each
+    /// block is summed up while the processor still has it at hand.
+    fn write_copied(&self, first: u64, bytes: &[u8]) -> Result<Vec<u32>> {
+        let mut sums = Vec::with_capacity(bytes.len() / BLOCK_SIZE);
+        let mut at = first;
+        for piece in bytes.chunks(self.buffers.chunk_max()) {
+            let mut buffer = self.buffers.take(piece.len());
+            for (to, from) in buffer
+                .chunks_exact_mut(BLOCK_SIZE)
+                .zip(piece.chunks_exact(BLOCK_SIZE))
+            {
+                to.copy_from_slice(from);
+                sums.push(crc32c(to));
+            }
+            self.device_write(at, &buffer)?;
+            at += (piece.len() / BLOCK_SIZE) as u64;
+        }
+        Ok(sums)
     }
 
     /// Allocates `count` blocks, in as few runs as there are.
@@ -647,18 +423,6 @@ impl Pool {
         let pinned = self.meta.read().file(ino)?.flags & FLAG_PINNED != 0;
         if pinned { self.end_clone(ino) } else { Ok(()) }
     }
-}
-
-/// `at`: the block of the file, for the message.
-fn check_sum(counters: &Counters, at: u64, block: u64, bytes: &[u8], sum: u32) -> Result<()> {
-    if crc32c(bytes) == sum {
-        return Ok(());
-    }
-    counters.damaged.fetch_add(1, Ordering::Relaxed);
-    Err(Error::corrupt(format!(
-        "a data block is not what was written: offset={} block={block}; run scrub to find all files",
-        at.saturating_mul(B)
-    )))
 }
 
 /// The file was written up to `end`.

@@ -31,7 +31,7 @@ use std::io;
 use std::sync::{Arc, Weak};
 use std::time::Duration;
 
-use crate::device::BlockDevice;
+use crate::device::{BlockDevice, ReadQueue};
 use crate::error::{Error, Kind, Result};
 use crate::ondisk::heartbeat::{HB_BLOCK, Heartbeat as Mark};
 use crate::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -419,6 +419,14 @@ impl BlockDevice for Guarded {
 
     fn read_at(&self, addr: u64, buf: &mut [u8]) -> io::Result<()> {
         self.device.read_at(addr, buf)
+    }
+
+    fn queue(&self) -> Option<&ReadQueue> {
+        self.device.queue()
+    }
+
+    fn gap_max(&self) -> u64 {
+        self.device.gap_max()
     }
 
     fn write_at(&self, addr: u64, data: &[u8]) -> io::Result<()> {

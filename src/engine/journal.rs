@@ -2,8 +2,8 @@
 //!
 //! Invariants:
 //!
-//! 1. Batches have consecutive sequence numbers; one is written and made durable after the
-//!    other. The first one that is not valid ends the journal. A crash can take the last one only:
+//! 1. Batches have consecutive sequence numbers; one is written when the one before was made
+//!    durable, as its header says. The first one that is not valid ends the journal. A crash can take the last one only:
 //!    if a later one is there, the device lost what it had made durable ([`Journal::lost`]).
 //! 2. A batch is contiguous. One that does not fit before the end of the ring starts at block 0;
 //!    a reader that finds nothing at its position looks there for the same sequence number.
@@ -13,7 +13,7 @@
 use std::collections::VecDeque;
 use std::sync::Arc;
 
-use crate::device::BlockDevice;
+use crate::device::{BlockDevice, BouncePool};
 use crate::error::{Error, Kind, Result};
 use crate::ondisk::journal::{BATCH_RECORDS, BatchHeader};
 use crate::ondisk::record::Record;
@@ -70,6 +70,10 @@ pub(crate) struct Journal {
     /// skipped before it.
     live: VecDeque<(u64, u64)>,
     used: u64,
+    /// The last batch was written, and is not durable yet.
+    unsynced: bool,
+    /// For what is written: a part of a batch at a time.
+    buffers: BouncePool,
     ahead: Ahead,
 }
 
@@ -135,6 +139,8 @@ impl Journal {
             head: superblock.journal_pos,
             live: VecDeque::new(),
             used: 0,
+            unsynced: false,
+            buffers: BouncePool::default(),
             ahead: Ahead::default(),
         }
     }
@@ -181,16 +187,17 @@ impl Journal {
             .preallocate(self.start * BLOCK, self.blocks * BLOCK)
     }
 
-    /// Writes a batch and makes it durable.
+    /// Writes a batch, once the one before is durable.
     ///
     /// # Errors
     /// `NoSpace` if the host had no space to overwrite the ring, as copy-on-write filesystems may:
     /// nothing changed, and the same place is written again next time. Any other error leaves the
     /// ring unknown.
     pub(crate) fn append(&mut self, batch: &Batch) -> Result<()> {
+        self.sync()?; // I1
         self.ahead = Ahead::default(); // what it holds is going to change
-        let (mut buffer, mut header) = encode(self.pool, self.seq, batch);
-        let blocks = buffer.len() as u64 / BLOCK;
+        let (mut head, pages, mut header) = encode(self.pool, self.seq, batch);
+        let blocks = header.blocks();
         let skipped = if self.head + blocks > self.blocks {
             self.blocks - self.head
         } else {
@@ -202,22 +209,55 @@ impl Journal {
         );
         let at = if skipped > 0 { 0 } else { self.head };
         header.block = at;
-        header.encode(
-            &mut buffer[..(header.head_blocks() * BLOCK) as usize],
-            &self.key,
-        );
-        let failed = |what: &str, source| Error::io(format!("cannot {what} the journal"), source);
-        self.device
-            .write_at((self.start + at) * BLOCK, &buffer)
-            .map_err(|source| failed("write", source))?;
-        // Whatever the reason: what the device has of it is unknown.
-        self.syncs
-            .sync(&*self.device)
-            .map_err(|source| Error::new(Kind::Io, format!("cannot sync the journal: {source}")))?;
+        header.encode(&mut head, &self.key);
+        self.write(at, &head, &pages)
+            .map_err(|source| Error::io("cannot write the journal", source))?;
+        self.unsynced = true;
         self.live.push_back((self.seq, blocks + skipped));
         self.used += blocks + skipped;
         self.head = (at + blocks) % self.blocks;
         self.seq += 1;
+        Ok(())
+    }
+
+    /// True if the last batch is not durable yet.
+    pub(crate) fn is_unsynced(&self) -> bool {
+        self.unsynced
+    }
+
+    /// Makes the last batch durable.
+    ///
+    /// # Errors
+    /// `Io`: what the ring holds of it is unknown.
+    pub(crate) fn sync(&mut self) -> Result<()> {
+        if self.unsynced {
+            // Whatever the reason: what the device has of it is unknown.
+            self.syncs.sync(&*self.device).map_err(|source| {
+                Error::new(Kind::Io, format!("cannot sync the journal: {source}"))
+            })?;
+            self.unsynced = false;
+        }
+        Ok(())
+    }
+
+    /// Writes a batch at block `at` of the ring, in pieces.
+    fn write(&self, at: u64, head: &[u8], pages: &[&Page]) -> std::io::Result<()> {
+        let whole = head.len() + pages.len() * BLOCK_SIZE;
+        let mut blocks = head
+            .chunks_exact(BLOCK_SIZE)
+            .chain(pages.iter().map(|page| &page[..]));
+        let mut done = 0;
+        while done < whole {
+            let mut buffer = self
+                .buffers
+                .take((whole - done).min(self.buffers.chunk_max()));
+            for (place, block) in buffer.chunks_exact_mut(BLOCK_SIZE).zip(blocks.by_ref()) {
+                place.copy_from_slice(block);
+            }
+            self.device
+                .write_at((self.start + at) * BLOCK + done as u64, &buffer)?;
+            done += buffer.len();
+        }
         Ok(())
     }
 
@@ -448,11 +488,11 @@ impl Ahead {
     }
 }
 
-/// The bytes of a batch: room for the header, records, padding, then the data blocks; and the
-/// header, which lacks the place.
-fn encode(pool: u64, seq: u64, batch: &Batch) -> (Vec<u8>, BatchHeader) {
+/// A batch: room for the header, with records and padding; the data blocks; and the header, which
+/// lacks the place.
+fn encode(pool: u64, seq: u64, batch: &Batch) -> (Vec<u8>, Vec<&Page>, BatchHeader) {
     let mut bytes = vec![0; BATCH_RECORDS];
-    let mut data = Vec::new();
+    let mut data: Vec<&Page> = Vec::new();
     for item in &batch.items {
         match item {
             Pending::Block(ino, block, staged) => match &staged.data {
@@ -488,8 +528,5 @@ fn encode(pool: u64, seq: u64, batch: &Batch) -> (Vec<u8>, BatchHeader) {
         block: 0,
     };
     bytes.resize((header.head_blocks() * BLOCK) as usize, 0);
-    bytes.reserve_exact(data.len() * BLOCK_SIZE);
-    data.into_iter()
-        .for_each(|page| bytes.extend_from_slice(&page[..]));
-    (bytes, header)
+    (bytes, data, header)
 }

@@ -109,6 +109,11 @@ impl Meta {
         Ok(meta)
     }
 
+    /// Where clean nodes are.
+    pub(crate) fn nodes(&self) -> Arc<NodeCache> {
+        Arc::clone(&self.nodes)
+    }
+
     /// Reads of nodes that were not what had been written.
     pub(crate) fn damaged_nodes(&self) -> u64 {
         self.nodes

@@ -5,16 +5,19 @@
 //!
 //! - structures: `nodes` (clean tree nodes), `delta` (changed reference counts), `counters` (how
 //!   much is free and promised), `slots` (superblocks), `space` (free blocks), `refusals` (of the
-//!   host), `cache` (data blocks), `waiters` (of a group
-//!   commit), `heartbeat` (no second host), `syncs` (of the device), `meta` (the trees and their
+//!   host), `cache` (data blocks), `fetch` (reads them), `ahead` (streams),
+//!   `waiters` (of a
+//!   group commit), `heartbeat` (no second host), `syncs` (of the device), `meta` (the trees and their
 //!   dirty nodes), `tree` (the B+tree);
 //! - meanings: `extents` (maps of files), `namespace` (inodes and names), `stage` (blocks without
 //!   a place), `journal` (the ring), `apply` (what each record does),
 //!   `salvage` (which records still have something to act on);
 //! - procedures: `pool` (locks and limits), `host` (a host without space), `commit` (group commit),
-//!   `file`, `range`, `share`, `names`, `clone_tree` (what callers ask for), `destage`, `checkpoint`, `grow`,
+//!   `file`, `read`, `range`, `share`, `names`, `clone_tree` (what callers ask for), `destage`,
+//!   `checkpoint`, `grow`,
 //!   `replay`, `recover`, `worker`, `check`, `scrub`, `repair`.
 
+mod ahead;
 mod apply;
 mod cache;
 mod check;
@@ -26,6 +29,7 @@ mod delta;
 mod destage;
 mod discard;
 mod extents;
+mod fetch;
 mod file;
 mod grow;
 mod heartbeat;
@@ -35,8 +39,11 @@ mod meta;
 mod names;
 mod namespace;
 mod nodes;
+#[cfg(feature = "shuttle")]
+pub mod parts;
 mod pool;
 mod range;
+mod read;
 mod recover;
 mod refusals;
 mod repair;
@@ -53,6 +60,8 @@ mod types;
 mod waiters;
 mod worker;
 
+pub use ahead::Stream;
+pub use fetch::ReadBytes;
 pub use heartbeat::{BEAT_INTERVAL, Heartbeat, Identity, refuse_active};
 pub use pool::Pool;
 pub use scrub::{DamagedFile, Scrub, ScrubOptions, ScrubPhase, ScrubState, ScrubStatus};

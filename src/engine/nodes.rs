@@ -17,11 +17,11 @@ use std::sync::Arc;
 use lru::LruCache;
 
 use crate::device::BlockDevice;
-use crate::error::{Error, Result};
+use crate::error::{Error, Kind, Result};
 use crate::ondisk::extent::NodeRef;
 use crate::ondisk::node::{Node, TreeKind};
-use crate::sync::Mutex;
 use crate::sync::atomic::{AtomicU64, Ordering};
+use crate::sync::{Mutex, local};
 use crate::units::BLOCK_SIZE;
 
 /// How often a node is read before it counts as damaged. What fails once only must not end a
@@ -32,6 +32,42 @@ const SHARDS: usize = 8;
 
 thread_local! {
     static QUIET: Cell<bool> = const { Cell::new(false) };
+}
+
+/// A node that is not in memory.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Absent {
+    pub(crate) kind: TreeKind,
+    pub(crate) level: u8,
+    pub(crate) at: NodeRef,
+}
+
+/// Whether this thread reads nodes from the device.
+#[derive(Clone, Copy, Debug)]
+enum Reach {
+    Device,
+    Memory,
+    /// It does not, and needed this one.
+    Missed(Absent),
+}
+
+local! {
+    static REACH: Cell<Reach> = const { Cell::new(Reach::Device) };
+}
+
+/// Runs `look`, which looks at trees, without reading from the device.
+///
+/// # Errors
+/// The first node that it needed and that is not in memory; what `look` came to is dropped.
+pub(crate) fn in_memory<T>(
+    look: impl FnOnce() -> Result<T>,
+) -> std::result::Result<Result<T>, Absent> {
+    REACH.with(|reach| reach.set(Reach::Memory));
+    let outcome = look();
+    match REACH.with(|reach| reach.replace(Reach::Device)) {
+        Reach::Missed(absent) => Err(absent),
+        _ => Ok(outcome),
+    }
 }
 
 /// While it lives, what this thread reads is not kept in the cache: a walk over everything must
@@ -103,6 +139,15 @@ impl NodeCache {
                 at.block
             )));
         };
+        if let Some(error) = REACH.with(|reach| match reach.get() {
+            Reach::Device => None,
+            Reach::Memory | Reach::Missed(_) => {
+                reach.set(Reach::Missed(Absent { kind, level, at }));
+                Some(Error::new(Kind::Busy, "a tree node is not in memory"))
+            }
+        }) {
+            return Err(error);
+        }
         let mut tries = 1;
         let node = loop {
             match self.read(addr, kind, level, at) {

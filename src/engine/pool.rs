@@ -1,7 +1,7 @@
 //! The pool: what an open one consists of, its locks, its limits, and what happens when the
 //! device fails.
 //!
-//! Lock order; a thread takes them only downwards:
+//! Lock order; a thread takes them only downwards (builds with assertions watch it, `sync.rs`):
 //!
 //! | rank | lock | held for |
 //! |---|---|---|
@@ -26,7 +26,8 @@ use std::sync::Arc;
 use crate::device::{BlockDevice, BouncePool};
 use crate::error::{Error, Kind, Result};
 use crate::ondisk::superblock::{FLAG_CLEAN, FLAG_EXTERNAL_JOURNAL, SB_VERSION, Superblock};
-use crate::sync::atomic::{AtomicBool, Ordering};
+use crate::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use crate::sync::ranked;
 use crate::sync::thread::JoinHandle;
 use crate::sync::{Condvar, Mutex, RwLock, RwLockReadGuard, RwLockWriteGuard};
 use crate::units::{BLOCK_SIZE, Ino};
@@ -35,6 +36,7 @@ use super::cache::{BlockCache, Readers};
 use super::heartbeat::Heartbeat;
 
 use super::counters::Counters;
+use super::fetch::Fetcher;
 use super::journal::{Cut, Journal};
 use super::meta::Meta;
 use super::refusals::HostState;
@@ -46,6 +48,9 @@ use super::waiters::Commit;
 /// Locks that files share by their inode number. Few of them for the model checker, which makes
 /// thousands of pools.
 const FILE_LOCKS: usize = if cfg!(feature = "shuttle") { 8 } else { 1024 };
+
+/// Bytes that are read ahead of a stream unless told otherwise.
+const AHEAD_DEFAULT: u64 = 2 * 1024 * 1024; // 2 MiB: what a fast disk reads while a guest works on 1
 
 /// What bounds the memory and the queues of an open pool.
 #[derive(Clone, Copy, Debug)]
@@ -76,6 +81,8 @@ pub(crate) struct Wake {
     pub(crate) checkpoint: bool,
     /// The commit thread should lead for those who wait.
     pub(crate) commit: bool,
+    /// Much waits for the journal: the commit thread should commit, whoever waits.
+    pub(crate) commit_early: bool,
     /// The commit thread ends.
     pub(crate) stop_commit: bool,
     /// The worker ends.
@@ -90,10 +97,15 @@ pub struct Pool {
     pub(crate) read_only: bool,
     pub(crate) limits: Limits,
     pub(crate) counters: Arc<Counters>,
-    pub(crate) cache: BlockCache,
+    pub(crate) cache: Arc<BlockCache>,
     /// Aligned memory for transfers of data.
     pub(crate) buffers: BouncePool,
-    pub(crate) readers: Readers,
+    pub(crate) readers: Arc<Readers>,
+    /// Bytes that are read ahead of a stream at most.
+    pub(crate) ahead_max: AtomicU64,
+    ahead_most: u64,
+    /// Reads data blocks.
+    pub(crate) fetcher: Fetcher,
     pub(crate) checkpointing: Mutex<()>,
     pub(crate) gate: RwLock<()>,
     file_locks: Vec<RwLock<()>>,
@@ -138,37 +150,52 @@ impl Pool {
         let counters = meta.space.counters.clone();
         let syncs = Arc::default();
         journal.share(&device, &syncs);
+        let cache = Arc::new(BlockCache::new(
+            (options.cache_size / 2) as usize / BLOCK_SIZE,
+        ));
+        let buffers = BouncePool::default();
+        let fetcher = Fetcher::new(&device, &cache, &buffers, &counters);
         Self {
             syncs,
             read_only: options.read_only,
             limits,
-            cache: BlockCache::new((options.cache_size / 2) as usize / BLOCK_SIZE),
-            buffers: BouncePool::default(),
-            readers: Readers::default(),
-            checkpointing: Mutex::new(()),
-            gate: RwLock::new(()),
-            file_locks: (0..FILE_LOCKS).map(|_| RwLock::new(())).collect(),
-            destaging: Mutex::new(()),
-            stage: Mutex::new(Stage::new(counters.clone())),
+            cache,
+            buffers,
+            readers: Arc::default(),
+            ahead_max: AtomicU64::new(AHEAD_DEFAULT.min(ahead_most(options.cache_size))),
+            ahead_most: ahead_most(options.cache_size),
+            fetcher,
+            checkpointing: ranked::mutex(1, ()),
+            gate: ranked::rw_lock(2, ()),
+            file_locks: (0..FILE_LOCKS).map(|_| ranked::rw_lock(3, ())).collect(),
+            destaging: ranked::mutex(4, ()),
+            stage: ranked::mutex(7, Stage::new(counters.clone())),
             counters,
-            meta: RwLock::new(meta),
-            journal: Mutex::new(journal),
+            meta: ranked::rw_lock(5, meta),
+            journal: ranked::mutex(6, journal),
             commit: Commit::default(),
-            superblock: Mutex::new(superblock),
-            unfinished: Mutex::new(None),
+            superblock: ranked::mutex(8, superblock),
+            unfinished: ranked::mutex(8, None),
             host: HostState::default(),
             poisoned: AtomicBool::new(false),
-            poison: Mutex::new(None),
+            poison: ranked::mutex(8, None),
             closed: AtomicBool::new(false),
-            wake: Mutex::new(Wake::default()),
+            wake: ranked::mutex(8, Wake::default()),
             wake_signal: Condvar::new(),
             relief: Condvar::new(),
             workers: Mutex::new(Vec::new()),
             threaded: AtomicBool::new(false),
-            replayed: Mutex::new(Replayed::default()),
-            heartbeat: Mutex::new(None),
+            replayed: ranked::mutex(8, Replayed::default()),
+            heartbeat: ranked::mutex(8, None),
             device,
         }
+    }
+
+    /// Sets how many bytes are read ahead of a reader in order; 0: none. At most a sixteenth of the
+    /// cached blocks, so that many readers do not drive out what was read for others.
+    pub fn set_read_ahead(&self, bytes: u64) {
+        let bytes = bytes.min(self.ahead_most);
+        self.ahead_max.store(bytes, Ordering::Relaxed);
     }
 
     /// Superblock facts.
@@ -240,11 +267,14 @@ impl Pool {
     pub fn health(&self) -> Health {
         let heartbeat = self.heartbeat.lock().clone();
         let (beats, beat_age_ms) = heartbeat.map_or((0, 0), |heartbeat| heartbeat.state());
-        let damaged = self.counters.damaged.load(Ordering::Relaxed);
+        // One lock after the other: a guard within the expression below would live to its end.
+        let replayed = *self.replayed.lock();
+        let unsynced_ms = self.unsynced_ms();
+        let nodes = self.meta.read().damaged_nodes();
         Health {
-            replayed: *self.replayed.lock(),
-            unsynced_ms: self.stage.lock().unsynced_ms(),
-            damaged_reads: damaged + self.meta.read().damaged_nodes(),
+            replayed,
+            unsynced_ms,
+            damaged_reads: self.counters.damaged.load(Ordering::Relaxed) + nodes,
             beats,
             beat_age_ms,
         }
@@ -389,6 +419,11 @@ pub(crate) fn info_of(sb: &Superblock) -> PoolInfo {
         clean: sb.flags & FLAG_CLEAN != 0,
         created: sb.created,
     }
+}
+
+/// A sixteenth of the cached blocks, in bytes.
+fn ahead_most(cache_size: u64) -> u64 {
+    cache_size / 2 / 16
 }
 
 /// Splits `cache_size` (bytes): half for blocks, a quarter for clean nodes, an eighth for dirty

@@ -531,7 +531,7 @@ impl<'a> Run<'a> {
     }
 
     /// Begins to read: what can be seen now is not used again.
-    fn pin(&mut self) -> super::cache::Pin<'a> {
+    fn pin(&mut self) -> super::cache::Pin {
         self.pace.own += 1;
         self.pool.readers.pin()
     }

@@ -258,8 +258,9 @@ pub(crate) fn heal(device: &dyn BlockDevice, newest: &Superblock) -> Result<()> 
             continue;
         };
         let place = newest.end_block() + slot;
-        if found.blocks == newest.blocks && read_place(device, place, true).whole() != Some(&*found)
-        {
+        // What contradicts the one that counts, as a forged one may, is not spread any further.
+        let agrees = found.blocks == newest.blocks && found.first_block() == newest.first_block();
+        if agrees && read_place(device, place, true).whole() != Some(&*found) {
             match device
                 .write_at(place * B, &found.encode()[..])
                 .map_err(failed)

@@ -300,10 +300,20 @@ impl Stage {
         self.pushed += 1;
     }
 
+    /// True if data written in place must be durable before what waits for the journal.
+    pub(crate) fn needs_flush(&self) -> bool {
+        self.needs_flush
+    }
+
+    /// When the oldest of what waits for the journal was queued.
+    pub(crate) fn oldest(&self) -> Option<Instant> {
+        self.oldest.filter(|_| !self.is_clean())
+    }
+
     /// Milliseconds since the oldest change that waits for the journal.
     pub(crate) fn unsynced_ms(&self) -> u64 {
-        let oldest = self.oldest.filter(|_| !self.is_clean());
-        oldest.map_or(0, |oldest| oldest.elapsed().as_millis() as u64)
+        self.oldest()
+            .map_or(0, |oldest| oldest.elapsed().as_millis() as u64)
     }
 
     /// Notes that size or times of a file changed.
@@ -392,6 +402,10 @@ impl Stage {
             if only.is_some_and(|only| only.0 != *ino) {
                 continue;
             }
+            if file.frozen.is_empty() {
+                file.frozen = std::mem::take(&mut file.active);
+                continue;
+            }
             for (block, staged) in std::mem::take(&mut file.active) {
                 if file.frozen.insert(block, staged).is_some() {
                     replaced += 1;
@@ -419,13 +433,14 @@ impl Stage {
         }
     }
 
-    /// The frozen blocks of a file, in order.
-    pub(crate) fn frozen(&self, ino: Ino) -> Vec<(u64, Staged)> {
+    /// The first `most` frozen blocks of a file from `from` on, in order.
+    pub(crate) fn frozen(&self, ino: Ino, from: u64, most: usize) -> Vec<(u64, Staged)> {
         let Some(file) = self.files.get(&ino.0) else {
             return Vec::new();
         };
         file.frozen
-            .iter()
+            .range(from..)
+            .take(most)
             .map(|(at, staged)| (*at, staged.clone()))
             .collect()
     }

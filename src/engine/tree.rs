@@ -38,7 +38,7 @@ fn dirty_ref(block: u64) -> NodeRef {
 
 impl Meta {
     /// The leaf whose range holds `key`, and the first key behind that range.
-    fn leaf(
+    pub(crate) fn leaf(
         &self,
         root: Root,
         kind: TreeKind,

@@ -6,9 +6,10 @@
 //! 1. A parent shorter than its child ends in zeros.
 //! 2. No recursion: a chain is a list, walked from the disk to its oldest parent.
 
-use crate::error::Result;
+use std::sync::Arc;
 
-use super::{Content, Layer, Run};
+use super::{Content, Facts, Layer, Run, Source};
+use crate::error::Result;
 
 /// Layers from the disk itself to its oldest parent.
 #[derive(Debug)]
@@ -78,5 +79,52 @@ impl Chain {
             done += run.len as usize;
         }
         Ok(())
+    }
+}
+
+/// A chain as one layer, in which nothing is absent.
+#[derive(Debug)]
+pub struct Whole {
+    chain: Chain,
+    sources: Vec<Arc<dyn Source>>,
+    /// Index of the first source of each layer.
+    first: Vec<usize>,
+}
+
+impl Whole {
+    /// All of `chain`.
+    pub fn new(chain: Chain) -> Self {
+        let (mut sources, mut first) = (Vec::new(), Vec::new());
+        for layer in chain.layers() {
+            first.push(sources.len());
+            sources.extend_from_slice(layer.sources());
+        }
+        Self {
+            chain,
+            sources,
+            first,
+        }
+    }
+}
+
+impl Layer for Whole {
+    fn facts(&self) -> &Facts {
+        self.chain.layers[0].facts()
+    }
+
+    fn sources(&self) -> &[Arc<dyn Source>] {
+        &self.sources
+    }
+
+    fn run(&self, offset: u64, most: u64) -> Result<Run> {
+        let (layer, mut run) = self.chain.run(offset, most)?;
+        if let Content::Data { source, .. } = &mut run.content {
+            *source += self.first[layer];
+        }
+        Ok(run)
+    }
+
+    fn read(&self, offset: u64, buf: &mut [u8]) -> Result<()> {
+        self.chain.read(offset, buf)
     }
 }

@@ -66,6 +66,15 @@ pub fn choose(source: &dyn Source, extension: Option<&str>) -> Result<Format> {
     }
 }
 
+/// True for version 1 of qcow.
+///
+/// # Errors
+/// `Io`.
+pub fn is_qcow1(source: &dyn Source) -> Result<bool> {
+    let head = read_vec(source, 0, source.len().min(8) as usize)?;
+    Ok(qcow2::is_version_1(&head))
+}
+
 /// True for a qcow2 image that names no other file.
 fn is_alone(source: &dyn Source) -> bool {
     let head = read_vec(source, 0, source.len().min(104) as usize).unwrap_or_default();
@@ -87,6 +96,7 @@ pub fn open(source: Arc<dyn Source>, format: Format, open: Opener<'_>) -> Result
         Format::Vhd => Box::new(vhd::Vhd::open(source)?),
         Format::Vhdx => Box::new(vhdx::Vhdx::open(source)?),
         Format::Vmdk => Box::new(vmdk::Vmdk::open(source, open)?),
+        Format::Qcow2 if is_qcow1(&*source)? => Box::new(qcow2::Qcow1::open(source)?),
         Format::Qcow2 => Box::new(qcow2::Qcow2::open(source, open)?),
         Format::Vdi => Box::new(vdi::Vdi::open(source)?),
     })

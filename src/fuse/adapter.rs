@@ -226,7 +226,8 @@ impl Adapter {
         reply: ReplyWrite,
     ) {
         if !sync {
-            return reply.written(bytes);
+            reply.written(bytes);
+            return self.vfs.anticipate_sync();
         }
         self.reply_synced(operation, inode, move |result| match result {
             Ok(()) => reply.written(bytes),

@@ -3,7 +3,6 @@
 //! ENOSYS is remembered by the kernel for the life of a mount: it is answered only to what is
 //! better done by the kernel alone.
 
-use std::cell::RefCell;
 use std::ffi::OsStr;
 use std::io;
 use std::os::unix::ffi::OsStrExt;
@@ -24,15 +23,11 @@ use super::convert::{
     caller, file_type, fopen_flags, handle, ino, is_direct, is_sync, node_kind, open_flags, time,
 };
 use crate::control;
-use crate::engine::{FileKind, RenameMode, XattrMode};
+use crate::engine::{FileKind, ReadBytes, RenameMode, XattrMode};
+use crate::error::Result;
 use crate::units::BLOCK_SIZE;
 use crate::units::SECTOR_SIZE;
 use crate::vfs::{Allocate, Change, NAME_BYTES_MAX, NewInode, Seek};
-
-thread_local! {
-    /// What is read, per session thread: at most the largest read.
-    static READ_BUFFER: RefCell<Vec<u8>> = const { RefCell::new(Vec::new()) };
-}
 
 /// True for a direct read of less than a sector. Disk filesystems refuse it, and QEMU asks for one
 /// byte to learn that it must read whole sectors: if that works it reads behind the end of a file
@@ -255,7 +250,7 @@ impl Filesystem for Adapter {
         &self,
         _request: &Request,
         inode: INodeNo,
-        _handle: FileHandle,
+        file: FileHandle,
         offset: u64,
         size: u32,
         flags: OpenFlags,
@@ -265,13 +260,18 @@ impl Filesystem for Adapter {
         if is_alignment_probe(flags.0, offset, size) {
             return reply.error(fuser::Errno::EINVAL);
         }
-        READ_BUFFER.with_borrow_mut(|buffer| {
-            buffer.clear();
-            match self.vfs.read(ino(inode), offset, size as usize, buffer) {
-                Ok(()) => reply.data(buffer),
-                Err(error) => reply.error(self.errors.errno("read", inode.0, &error)),
+        let errors = self.errors.clone();
+        let done = move |read: Result<ReadBytes>| {
+            let read = read.map_err(|error| errors.errno("read", inode.0, &error));
+            // Nothing of the pool is held any more once the kernel may unmount.
+            drop(errors);
+            match read {
+                Ok(bytes) => reply.data(&bytes),
+                Err(errno) => reply.error(errno),
             }
-        });
+        };
+        let (file, size) = (handle(file), size as usize);
+        self.vfs.read_with(file, ino(inode), offset, size, done);
     }
 
     fn write(

@@ -8,6 +8,7 @@ use std::time::Duration;
 use shuttle::rand::Rng as _;
 
 pub(crate) use shuttle::sync::{atomic, mpsc};
+pub(crate) use shuttle::thread_local as local;
 
 /// Most steps of others that a wait with a limit lasts if nobody signals.
 const STEPS_MAX: u32 = 16;

@@ -10,6 +10,7 @@ use std::fs::File;
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
+use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Component, Path};
 
 /// Flags of every open here. Without O_NONBLOCK a pipe would wait for a writer.
@@ -83,6 +84,20 @@ fn open_step(dir: BorrowedFd<'_>, name: &[u8]) -> io::Result<File> {
 /// True if [`open_beneath`] failed because a path leads out of its directory.
 pub fn leads_out(error: &io::Error) -> bool {
     matches!(error.raw_os_error(), Some(libc::EXDEV | libc::ELOOP))
+}
+
+/// Makes a file to read and write past the page cache; the name must be free.
+///
+/// # Errors
+/// The system's own.
+pub fn create_direct(path: &Path, mode: u32) -> io::Result<File> {
+    File::options()
+        .read(true)
+        .write(true)
+        .create_new(true)
+        .mode(mode)
+        .custom_flags(libc::O_DIRECT)
+        .open(path)
 }
 
 /// Where the next data of a file begins, from `offset` on; `None` if there is none.

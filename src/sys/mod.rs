@@ -4,4 +4,6 @@
 pub mod block;
 pub mod control;
 pub mod files;
+pub mod memory;
 pub mod process;
+pub mod ring;

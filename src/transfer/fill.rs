@@ -8,15 +8,16 @@
 
 use std::fs::File;
 use std::os::unix::fs::FileExt;
-use std::sync::atomic::{AtomicU64, Ordering};
 
 use crate::error::{Error, Result};
 use crate::formats::{Content, Layer, Run};
 use crate::sync::Mutex;
 use crate::sys::files;
 
+use super::twins::Twin;
+
 /// Bytes that one worker handles at a time: a megabyte is a large request for any disk.
-const WINDOW: u64 = 1 << 20;
+pub(super) const WINDOW: u64 = 1 << 20;
 /// Unit in which the file is compared and written: a block of the pool.
 const BLOCK: usize = 4096;
 
@@ -27,6 +28,17 @@ pub struct Filled {
     pub read: u64,
     /// Bytes that were written.
     pub written: u64,
+    /// Bytes that were found in other files and shared.
+    pub shared: u64,
+}
+
+impl Filled {
+    /// Counts `other` as well.
+    pub fn add(&mut self, other: Self) {
+        self.read += other.read;
+        self.written += other.written;
+        self.shared += other.shared;
+    }
 }
 
 /// What a layer holds of its disk.
@@ -117,8 +129,8 @@ impl Cursor<'_> {
 }
 
 /// Puts what `layer` holds into `file`, which has the size of the disk. `over`: the file has the
-/// contents of the parent; else it is a hole. `workers` read and write at once. `progress` is told
-/// of bytes as they are done.
+/// contents of the parent; else it is a hole. `twin`: what other files have is shared with them.
+/// `workers` read and write at once. `progress` is told of bytes as they are done.
 ///
 /// # Errors
 /// `Corrupt` and `Io` of the layer; `NoSpace` and `Io` of the file, whose contents are then nothing
@@ -127,17 +139,19 @@ pub fn fill(
     layer: &dyn Layer,
     file: &File,
     over: bool,
+    twin: Option<&Twin<'_>>,
     workers: usize,
     progress: &(dyn Fn(u64) + Sync),
 ) -> Result<Filled> {
     let cursor = Mutex::new(Cursor { layer, over, at: 0 });
     let failure = Mutex::new(None);
-    let (read, written) = (AtomicU64::new(0), AtomicU64::new(0));
+    let total = Mutex::new(Filled::default());
     let work = || {
         let mut worker = Worker {
             layer,
             file,
             over,
+            twin,
             new: vec![0; WINDOW as usize],
             old: vec![0; if over { WINDOW as usize } else { 0 }],
         };
@@ -154,8 +168,7 @@ pub fn fill(
             };
             match done {
                 Ok(done) => {
-                    read.fetch_add(done.read, Ordering::Relaxed);
-                    written.fetch_add(done.written, Ordering::Relaxed);
+                    total.lock().add(done);
                     progress(done.read);
                 }
                 Err(error) => {
@@ -172,10 +185,7 @@ pub fn fill(
     });
     match failure.lock().take() {
         Some(error) => Err(error),
-        None => Ok(Filled {
-            read: read.into_inner(),
-            written: written.into_inner(),
-        }),
+        None => Ok(*total.lock()),
     }
 }
 
@@ -183,6 +193,7 @@ struct Worker<'a> {
     layer: &'a dyn Layer,
     file: &'a File,
     over: bool,
+    twin: Option<&'a Twin<'a>>,
     new: Vec<u8>,
     old: Vec<u8>,
 }
@@ -198,8 +209,12 @@ impl Worker<'_> {
             self.new[..count].fill(0);
         }
         let read = self.overlay(at, count)?;
-        let written = self.write(at, count)?;
-        Ok(Filled { read, written })
+        let (written, shared) = self.write(at, count)?;
+        Ok(Filled {
+            read,
+            written,
+            shared,
+        })
     }
 
     /// What the file has, which is shorter only at its end.
@@ -248,9 +263,9 @@ impl Worker<'_> {
         Ok(read)
     }
 
-    /// Writes the blocks that differ from what the file has.
-    fn write(&self, at: u64, count: usize) -> Result<u64> {
-        let (mut written, mut start) = (0, None);
+    /// Writes the blocks that differ from what the file has, and returns how many bytes; and how
+    /// many were shared instead.
+    fn write(&self, at: u64, count: usize) -> Result<(u64, u64)> {
         let same = |from: usize| {
             let to = (from + BLOCK).min(count);
             if self.over {
@@ -259,27 +274,27 @@ impl Worker<'_> {
                 self.new[from..to].iter().all(|byte| *byte == 0)
             }
         };
-        let flush = |from: usize, to: usize| {
-            self.file
-                .write_all_at(&self.new[from..to], at + from as u64)
-                .map_err(cannot_write)
+        let mut wanted: Vec<bool> = (0..count).step_by(BLOCK).map(|from| !same(from)).collect();
+        let shared = match self.twin {
+            Some(twin) => twin.share(self.file, at, &self.new[..count], &mut wanted)?,
+            None => 0,
         };
-        for from in (0..count).step_by(BLOCK) {
-            match (same(from), start) {
-                (false, None) => start = Some(from),
-                (true, Some(begun)) => {
-                    flush(begun, from)?;
-                    written += (from - begun) as u64;
-                    start = None;
-                }
-                _ => {}
+        let (mut written, mut i) = (0, 0);
+        while i < wanted.len() {
+            let run = wanted[i..].iter().take_while(|wanted| **wanted).count();
+            if run > 0 {
+                let (from, to) = (i * BLOCK, ((i + run) * BLOCK).min(count));
+                self.file
+                    .write_all_at(&self.new[from..to], at + from as u64)
+                    .map_err(cannot_write)?;
+                written += (to - from) as u64;
             }
+            i += run.max(1);
         }
-        if let Some(begun) = start {
-            flush(begun, count)?;
-            written += (count - begun) as u64;
+        if let Some(twin) = self.twin {
+            twin.note(at, &self.new[..count]);
         }
-        Ok(written)
+        Ok((written, shared))
     }
 }
 

@@ -448,7 +448,7 @@ impl Library {
         extents: &mut Vec<(FileId, u64)>,
     ) -> Result<Opened> {
         let mut open = |name: &str| self.open_extent(spot, name, extents);
-        if format != Format::Qcow2 {
+        if format != Format::Qcow2 || probe::is_qcow1(&*source)? {
             return Ok((probe::open(source, format, &mut open)?, Ok(Vec::new())));
         }
         let qcow2 = Qcow2::open(source, &mut open)?;

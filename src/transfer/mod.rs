@@ -8,8 +8,10 @@ mod fill;
 mod library;
 mod names;
 mod roots;
+mod twins;
 
 pub use fill::{Filled, Held, fill, held};
 pub use library::{Image, Library, Parent, Trouble, What};
 pub use names::destinations;
 pub use roots::{FileId, Roots, Spot};
+pub use twins::{Twin, Twins};

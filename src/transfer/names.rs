@@ -6,7 +6,7 @@
 //! 2. A name is made of the path below what the user named; what an image says of itself adds to
 //!    its last part only, without slashes.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::path::{Path, PathBuf};
 
 use super::library::{Image, Library, What};
@@ -36,6 +36,7 @@ pub fn destinations(
     let makers: [&dyn Fn(&Image) -> String; 2] =
         [&|image| short(image, alone(image)), &|image| long(image)];
     let mut names: HashMap<usize, PathBuf> = HashMap::new();
+    let mut taken: HashSet<PathBuf> = HashSet::new();
     let mut pending: Vec<(usize, &Image)> = wanted().collect();
     for make in makers {
         let mut takers: HashMap<PathBuf, Vec<(usize, &Image)>> = HashMap::new();
@@ -48,7 +49,7 @@ pub fn destinations(
         }
         pending = Vec::new();
         for (path, mut images) in takers {
-            if images.len() == 1 && !names.values().any(|taken| *taken == path) {
+            if images.len() == 1 && taken.insert(path.clone()) {
                 names.extend(images.pop().map(|(index, _)| (index, path)));
             } else {
                 pending.append(&mut images);
@@ -61,7 +62,7 @@ pub fn destinations(
         for number in 2_u32.. {
             let name = fit(&format!("{}-{number}", long(image)), extension(image));
             let path = image.place.with_file_name(name);
-            if !names.values().any(|taken| *taken == path) {
+            if taken.insert(path.clone()) {
                 names.insert(index, path);
                 break;
             }
@@ -103,4 +104,18 @@ fn fit(name: &str, extension: &str) -> String {
         end -= 1;
     }
     format!("{}.{extension}", &name[..end])
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn names_stay_within_their_length() {
+        let long = "\u{e9}".repeat(200);
+        let name = fit(&long, "qcow2");
+        assert!(name.len() <= NAME_MAX && name.ends_with(".qcow2"));
+        assert_eq!(fit("a.b", "raw"), "a.b.raw");
+        assert_eq!(plain("a/b\n"), "a_b_");
+    }
 }

@@ -2,6 +2,7 @@
 
 use super::caller::Caller;
 use super::{HandleId, Vfs, check_range};
+use crate::engine::ReadBytes;
 use crate::error::{Error, Kind, Result};
 use crate::units::{BLOCK_SIZE, Ino, Time};
 
@@ -34,6 +35,21 @@ impl Vfs {
     /// Appends up to `len` bytes of the file from `offset` to `out`; fewer at its end.
     pub fn read(&self, ino: Ino, offset: u64, len: usize, out: &mut Vec<u8>) -> Result<()> {
         self.pool.read(ino, offset, len, out)
+    }
+
+    /// Reads by an open handle as [`read`](Self::read) does, and calls `done` with the outcome: before this returns,
+    /// or later from a thread that must not be made to wait for another read.
+    pub fn read_with(
+        &self,
+        handle: HandleId,
+        ino: Ino,
+        offset: u64,
+        len: usize,
+        done: impl FnOnce(Result<ReadBytes>) + Send + 'static,
+    ) {
+        let handle = self.handle_of(handle, ino);
+        let stream = handle.as_ref().map(|handle| &handle.stream);
+        self.pool.read_with(ino, offset, len, stream, done);
     }
 
     /// Writes all of `data`. `strip`: the caller may not keep set-id bits of the file.

@@ -8,7 +8,7 @@ use parking_lot::RwLock;
 
 use super::Vfs;
 use super::inodes::Inode;
-use crate::engine::{Attr, FileKind};
+use crate::engine::{Attr, FileKind, Stream};
 use crate::error::{Error, Kind, Result};
 use crate::units::Ino;
 
@@ -42,6 +42,8 @@ pub enum StalePages {
 pub(super) struct Handle {
     pub(super) inode: Arc<Inode>,
     pub(super) flags: OpenFlags,
+    /// How it is read.
+    pub(super) stream: Stream,
 }
 
 /// The table. Its lock is a leaf.
@@ -153,11 +155,22 @@ impl Vfs {
         }
     }
 
+    /// The handle, if it is open and of this inode.
+    pub(super) fn handle_of(&self, handle: HandleId, ino: Ino) -> Option<Arc<Handle>> {
+        self.handles
+            .get(handle)
+            .filter(|handle| handle.inode.ino == ino)
+    }
+
     fn add_handle(&self, ino: Ino, flags: OpenFlags) -> HandleId {
         let inode = self.inodes.add_handle(ino);
         if flags.cached {
             inode.cached.fetch_add(1, Ordering::AcqRel);
         }
-        self.handles.insert(Handle { inode, flags })
+        self.handles.insert(Handle {
+            inode,
+            flags,
+            stream: Stream::default(),
+        })
     }
 }

@@ -176,6 +176,13 @@ impl Vfs {
         }
     }
 
+    /// A write was answered: prepares for the sync that is likely to follow it.
+    pub fn anticipate_sync(&self) {
+        if !self.options.read_only {
+            self.pool.anticipate_sync();
+        }
+    }
+
     /// Puts everything to its place in the pool. Takes long.
     pub fn checkpoint(&self) -> Result<()> {
         if self.options.read_only {

@@ -222,14 +222,18 @@ pub(crate) fn inject(
                 Outcome::Tolerated
             })
         }
-        _ => lie(&run_faulty(base, seed, source, plan, |_, _| false)?),
+        _ => lie(&run_faulty(base, seed, source, plan, |_, _| false)?, fault),
     }
 }
 
 /// After a write or sync that did not do what it said: whatever is wrong is noticed, and nothing
 /// that is proven to have been durable is gone without a word.
-fn lie(faulty: &Faulty) -> Verdict<Outcome> {
-    let floor = faulty.floor();
+fn lie(faulty: &Faulty, fault: Fault) -> Verdict<Outcome> {
+    let floor = match fault {
+        // It may be written over batches before it, of which it would have been the proof.
+        Fault::Misdirected => faulty.floor().min(faulty.checkpoint_before_hit()),
+        _ => faulty.floor(),
+    };
     let mut detected = faulty.error.is_some();
     let mut last = faulty.runner.model.clone();
     last.forget_unnamed();

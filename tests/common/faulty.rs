@@ -158,6 +158,19 @@ impl Faulty {
         let before = self.durable.iter().rev().find(|step| **step < hit);
         before.copied().unwrap_or(0)
     }
+
+    /// The newest step before the fault of which nothing is in the journal alone; the newest of all
+    /// if something written later proves what was durable.
+    pub(crate) fn checkpoint_before_hit(&self) -> usize {
+        let hit = self.hit.unwrap_or(usize::MAX);
+        if self.durable.iter().any(|step| *step > hit) {
+            return self.acked;
+        }
+        let is_checkpoint = |step: &&usize| matches!(self.ops[**step - 1].op, Op::Checkpoint);
+        let before = self.durable.iter().rev().filter(|step| **step < hit);
+        let mut before = before.filter(|step| **step > 0);
+        before.find(is_checkpoint).copied().unwrap_or(0)
+    }
 }
 
 /// After a fault that must poison the pool: no acknowledgement, reads go on, and every crash image

@@ -258,7 +258,10 @@ impl Runner {
     fn act_on_contents(&self, op: &Op, now: Time) -> Result<()> {
         let pool = &self.pool;
         match op {
-            Op::Write(id, offset, data) => pool.write(self.ino(*id), *offset, data, now)?,
+            Op::Write(id, offset, data) => {
+                pool.write(self.ino(*id), *offset, data, now)?;
+                pool.anticipate_sync(); // as the mount does
+            }
             Op::Truncate(id, size) => {
                 let attr = pool.truncate(self.ino(*id), *size, now)?;
                 assert_eq!(attr.size, *size, "truncate returned another size");

@@ -26,7 +26,7 @@ pub(crate) fn disk(size: usize) -> (Vec<u8>, u64) {
         (size - 8192, 8192),
     ] {
         for part in bytes[at..at + len].chunks_mut(8) {
-            let number = random.next_u64() | 1;
+            let number = random.next() | 1;
             part.copy_from_slice(&number.to_le_bytes()[..part.len()]);
         }
         data += len as u64;

@@ -22,6 +22,7 @@ mod device;
 mod explore;
 mod history;
 mod mix;
+mod readers;
 mod stamps;
 mod world;
 
@@ -36,6 +37,7 @@ const BUSY: Mix = Mix {
         &[Op::Write, Op::Clone, Op::Truncate, Op::Sync],
         &[Op::WriteDirect, Op::Read, Op::Punch],
         &[Op::Checkpoint, Op::Read],
+        &[Op::Look],
     ],
     ops: 3,
     workers: false,
@@ -56,7 +58,7 @@ fn background_threads_disturb_nobody() {
         threads: &[
             &[Op::Write, Op::WriteHalf, Op::Read, Op::Sync],
             &[Op::WriteDirect, Op::Clone, Op::Truncate, Op::Punch],
-            &[Op::Checkpoint, Op::Names, Op::Read],
+            &[Op::Checkpoint, Op::Names, Op::Read, Op::Look],
         ],
         ..BUSY
     };
@@ -150,6 +152,11 @@ fn discards_and_reallocation_never_meet() {
         ..MIX
     };
     explore("discards_alone", 200, |rng| mix::run(&ALONE, rng));
+}
+
+#[test]
+fn no_reader_is_missed_when_a_block_is_used_again() {
+    explore("readers", 20_000, readers::run);
 }
 
 #[test]

@@ -27,6 +27,8 @@ pub(crate) enum Op {
     Sync,
     SyncWith,
     Checkpoint,
+    /// What `df` asks for.
+    Look,
     /// Makes, renames and removes names of the thread's own.
     Names,
     /// Removes the doomed file and makes another.
@@ -133,6 +135,10 @@ impl Actor {
             Op::Sync => world.sync("sync", || world.pool.sync()),
             Op::SyncWith => world.sync_with(),
             Op::Checkpoint => world.sync("checkpoint", || world.pool.checkpoint()),
+            Op::Look => {
+                let (usage, _) = (world.pool.usage(), world.pool.health());
+                assert!(usage.used <= usage.total, "{usage:?}");
+            }
             Op::Names => self.change_names(),
             Op::Doom => self.doom(),
             Op::WriteDoomed => {
@@ -164,6 +170,7 @@ impl Actor {
         world.write("write", writes, || {
             world.pool.write(ino, offset, &data, Time::default())
         });
+        world.pool.anticipate_sync(); // as the mount does
     }
 
     fn truncate(&mut self, file: u32) {

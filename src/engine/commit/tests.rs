@@ -1,4 +1,5 @@
-//! A full ring: the batch of a cut waits in memory until its checkpoint is durable.
+//! A full ring: the batch of a cut waits in memory until its checkpoint is durable. And what is
+//! written ahead of a sync that is likely to come.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -143,4 +144,85 @@ fn the_last_cut_closes_the_stage_also_with_a_full_ring() {
     pool.end_cut(cut, Some(&refused()));
     drop(gate);
     assert!(!has_room, "staged behind the last cut");
+}
+
+/// Writes a block of a file, as the mount does.
+fn write(pool: &Pool, ino: Ino, block: u64, byte: u8) {
+    let bytes = [byte; 4096];
+    let written = pool.write(ino, block * 4096, &bytes, Time::default());
+    written.expect("there is room");
+    pool.anticipate_sync();
+}
+
+/// A pool with a file that one writer writes and syncs block by block.
+fn alone() -> (Arc<SimDevice>, Arc<Pool>, Ino) {
+    let (device, pool) = new_pool();
+    let ino = create(&pool, "a");
+    for round in 0..8 {
+        write(&pool, ino, round, 1);
+        pool.sync().expect("the device is sound");
+    }
+    (device, pool, ino)
+}
+
+/// The first byte of a block after a crash of `device`.
+fn after_crash(device: &SimDevice, ino: Ino, block: u64) -> Option<u8> {
+    let device = Arc::new(device.crash(1));
+    let pool = Pool::open(device, None, &OpenOptions::default()).expect("it opens");
+    let mut bytes = Vec::new();
+    pool.read(ino, block * 4096, 1, &mut bytes)
+        .expect("it reads");
+    bytes.first().copied()
+}
+
+#[test]
+fn a_write_is_in_the_ring_before_its_sync_and_durable_with_it() {
+    let (device, pool, ino) = alone();
+    let before = device.counts();
+    write(&pool, ino, 8, 2);
+    let written = device.counts();
+    assert_eq!(written.writes, before.writes + 1, "it is in the ring");
+    assert_eq!(written.syncs, before.syncs, "nothing is durable by that");
+    assert!(pool.is_unsynced());
+    pool.sync().expect("the device is sound");
+    let synced = device.counts();
+    assert_eq!(synced.writes, written.writes, "nothing is left to write");
+    assert_eq!(synced.syncs, written.syncs + 1);
+    assert!(!pool.is_unsynced());
+    assert_eq!(after_crash(&device, ino, 8), Some(2));
+}
+
+#[test]
+fn a_batch_is_durable_before_the_next_one_is_written() {
+    let (device, pool, ino) = alone();
+    write(&pool, ino, 8, 2);
+    write(&pool, ino, 9, 3); // not foreseen
+    let before = device.counts();
+    pool.sync().expect("the device is sound");
+    let synced = device.counts();
+    assert_eq!(synced.syncs, before.syncs + 2, "one for each batch");
+    assert_eq!(after_crash(&device, ino, 9), Some(3));
+    write(&pool, ino, 10, 4);
+    let written = device.counts();
+    assert_eq!(written.writes, synced.writes, "it is not expected any more");
+}
+
+#[test]
+fn a_checkpoint_makes_durable_what_was_written_ahead() {
+    let (device, pool, ino) = alone();
+    write(&pool, ino, 8, 2);
+    pool.checkpoint().expect("the device is sound");
+    assert!(!pool.is_unsynced());
+    assert_eq!(after_crash(&device, ino, 8), Some(2));
+}
+
+#[test]
+fn a_failed_sync_of_what_was_written_ahead_poisons() {
+    let (device, pool, ino) = alone();
+    write(&pool, ino, 8, 2);
+    device.fail(FaultOp::Sync, 1, Fault::Io, Repeat::Once);
+    let error = pool.sync().expect_err("the device failed");
+    assert_ne!(error.kind(), Kind::NoSpace, "{error}");
+    assert!(pool.poisoned().is_some());
+    assert!(pool.sync().is_err(), "nothing is tried again");
 }

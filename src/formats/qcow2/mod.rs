@@ -1,4 +1,4 @@
-//! qcow2: the images of QEMU, versions 2 and 3.
+//! qcow2: the images of QEMU, versions 2 and 3; and version 1 (`v1.rs`).
 //!
 //! Layout: QEMU, docs/interop/qcow2.txt. Big-endian. Clusters are found through tables of two
 //! levels. Reference counts are not looked at: they matter to who writes.
@@ -14,6 +14,7 @@ use std::sync::Arc;
 use flate2::read::DeflateDecoder;
 
 mod header;
+mod v1;
 
 use super::source::{check_range, read_vec};
 use super::{Content, Facts, Format, Layer, Opener, Pages, ParentRef, Run, Source, broken};
@@ -23,6 +24,8 @@ use header::{Compression, Header};
 
 pub(crate) use header::MAGIC;
 pub use header::Snapshot;
+pub use v1::Qcow1;
+pub(crate) use v1::is_version_1;
 
 /// Offset of a table or cluster in an entry.
 const OFFSET: u64 = 0x00ff_ffff_ffff_fe00;

@@ -1,0 +1,73 @@
+//! Files of a pool that have no name until they are complete.
+//!
+//! Invariants:
+//!
+//! 1. A file is made under a hidden name, which is taken away before anything is written: whatever
+//!    ends the process takes the contents with it. A process that is killed between these two
+//!    leaves an empty file, which the next import into the directory removes.
+//! 2. The file gets its name by one request to the daemon: a clone of all of it, in one instant.
+
+use std::fs::{self, File};
+use std::os::fd::AsFd;
+use std::path::Path;
+use std::time::Duration;
+
+use nodupe::control::{self, Request, Response};
+use nodupe::error::{Error, Kind, Result};
+use nodupe::sys::{self, files};
+
+/// Beginning of hidden names.
+const PREFIX: &str = ".nodupe-import-";
+/// Age at which a hidden name belongs to nobody who lives: it is there for microseconds.
+const AGE: Duration = Duration::from_secs(60);
+
+/// A new file without a name, on the filesystem of `dir`.
+pub(super) fn create(dir: &Path, mode: u32) -> Result<File> {
+    let random = sys::control::random()
+        .map_err(|error| Error::io("no random numbers from the system", error))?;
+    let digits: String = random.iter().map(|byte| format!("{byte:02x}")).collect();
+    let path = dir.join(format!("{PREFIX}{digits}"));
+    let failed = |error| Error::io(format!("cannot make a file in {}", dir.display()), error);
+    let file = files::create_direct(&path, mode).map_err(failed)?;
+    fs::remove_file(&path).map_err(failed)?;
+    Ok(file)
+}
+
+/// Gives the contents of `file` the name `name` in `dir`.
+pub(super) fn publish(file: &File, dir: &Path, name: &str) -> Result<()> {
+    let into = File::open(dir)
+        .map_err(|error| Error::io(format!("cannot open {}", dir.display()), error))?;
+    let Response::Token(source) = control::call(file.as_fd(), &Request::Token)? else {
+        return Err(Error::new(
+            Kind::Unsupported,
+            "the daemon of the pool answers nonsense: use the same version of nodupe",
+        ));
+    };
+    let request = Request::Clone {
+        source,
+        name: name.to_owned(),
+        count: None,
+        preserve: false,
+    };
+    control::call(into.as_fd(), &request).map(drop)
+}
+
+/// Removes what imports left that were killed in the wrong microsecond.
+pub(super) fn clean(dir: &Path) {
+    for entry in fs::read_dir(dir).into_iter().flatten().flatten() {
+        let Ok(metadata) = entry.metadata() else {
+            continue;
+        };
+        let old = metadata
+            .modified()
+            .is_ok_and(|time| time.elapsed().is_ok_and(|age| age > AGE));
+        if entry.file_name().to_string_lossy().starts_with(PREFIX)
+            && metadata.is_file()
+            && metadata.len() == 0
+            && old
+        {
+            // Somebody else may have done so, or may not let us.
+            drop(fs::remove_file(entry.path()));
+        }
+    }
+}

@@ -1,0 +1,269 @@
+//! Reads that nobody waits for: they are handed over, and whoever handed them over is called when
+//! they have ended.
+//!
+//! Invariants:
+//!
+//! 1. Each read that was submitted ends with one call, also when the queue goes.
+//! 2. The call is made without a lock held, on a thread of the queue, which nobody may make wait
+//!    for another read of the same queue.
+
+use std::collections::VecDeque;
+use std::fs::File;
+use std::io;
+use std::os::unix::fs::FileExt;
+use std::sync::Arc;
+use std::sync::mpsc;
+use std::thread::{Builder, JoinHandle};
+
+use super::Bounce;
+use crate::sync::{Condvar, Mutex};
+use crate::sys::ring::{Bell, Finished, Ring};
+
+/// Reads of one ring under way at once: more than the device of one machine works on.
+const RING_READS_MAX: u32 = 256;
+/// Most rings, each with a thread that also answers whoever waits: one could not keep up with
+/// several disks' worth of large reads.
+const RINGS_MAX: usize = 4;
+/// Threads that read where there is no ring.
+const THREADS: usize = 4;
+
+/// Called with the outcome and the buffer.
+pub type ReadDone = Box<dyn FnOnce(io::Result<()>, Bounce) + Send>;
+
+/// A read to be done.
+pub struct QueuedRead {
+    /// Where, in bytes, a multiple of the block size.
+    pub addr: u64,
+    /// What is filled, whole.
+    pub buffer: Bounce,
+    /// Who is told.
+    pub done: ReadDone,
+}
+
+impl std::fmt::Debug for QueuedRead {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(
+            f,
+            "QueuedRead({} bytes at {})",
+            self.buffer.asked(),
+            self.addr
+        )
+    }
+}
+
+/// How a thread reads: whole or an error.
+type Read = dyn Fn(u64, &mut [u8]) -> io::Result<()> + Send + Sync;
+
+/// Threads that read.
+#[derive(Debug)]
+pub struct ReadQueue {
+    shared: Arc<Shared>,
+    threads: Vec<JoinHandle<()>>,
+    is_ring: bool,
+}
+
+#[derive(Debug, Default)]
+struct Shared {
+    inbox: Mutex<Inbox>,
+    /// Wakes threads without a ring.
+    more: Condvar,
+}
+
+#[derive(Debug, Default)]
+struct Inbox {
+    reads: VecDeque<QueuedRead>,
+    /// Wakes threads of rings that sleep: one for each submission, as those that work look here
+    /// again before they sleep.
+    sleeps: Vec<Bell>,
+    stop: bool,
+}
+
+impl ReadQueue {
+    /// Reads of `file` by `io_uring`.
+    ///
+    /// # Errors
+    /// Where the kernel does not have it or forbids it.
+    pub(crate) fn ring(file: Arc<File>) -> io::Result<Self> {
+        let mut queue = Self {
+            shared: Arc::default(),
+            threads: Vec::new(),
+            is_ring: true,
+        };
+        let cores = std::thread::available_parallelism().map_or(1, usize::from);
+        for _ in 0..cores.min(RINGS_MAX) {
+            let thread = Self::ring_thread(&file, &queue.shared)?;
+            queue.threads.push(thread);
+        }
+        Ok(queue)
+    }
+
+    /// A thread with a ring of its own.
+    fn ring_thread(file: &Arc<File>, shared: &Arc<Shared>) -> io::Result<JoinHandle<()>> {
+        let (tell, told) = mpsc::channel();
+        let thread = {
+            let (file, shared) = (Arc::clone(file), Arc::clone(shared));
+            // The ring belongs to the thread that makes it.
+            let run = move || match Ring::new(Arc::clone(&file), RING_READS_MAX) {
+                Ok(ring) => {
+                    drop(tell.send(Ok(())));
+                    serve_ring(ring, &file, &shared);
+                }
+                Err(error) => drop(tell.send(Err(error))),
+            };
+            Builder::new().name("nodupe-read".to_owned()).spawn(run)?
+        };
+        told.recv()
+            .unwrap_or_else(|_| Err(io::Error::other("the thread ended")))?;
+        Ok(thread)
+    }
+
+    /// Reads by a few threads that call `read`.
+    ///
+    /// # Errors
+    /// If a thread cannot be made.
+    pub fn threads(
+        read: impl Fn(u64, &mut [u8]) -> io::Result<()> + Send + Sync + 'static,
+    ) -> io::Result<Self> {
+        let read: Arc<Read> = Arc::new(read);
+        let mut queue = Self {
+            shared: Arc::default(),
+            threads: Vec::new(),
+            is_ring: false,
+        };
+        for _ in 0..THREADS {
+            let (shared, read) = (Arc::clone(&queue.shared), Arc::clone(&read));
+            let thread = Builder::new().name("nodupe-read".to_owned());
+            let thread = thread.spawn(move || serve_thread(&shared, &*read))?;
+            queue.threads.push(thread);
+        }
+        Ok(queue)
+    }
+
+    /// True if a read costs the thread that submits it next to nothing, and no other thread sleeps
+    /// for it.
+    pub fn is_ring(&self) -> bool {
+        self.is_ring
+    }
+
+    /// Begins reads.
+    pub fn submit(&self, reads: impl IntoIterator<Item = QueuedRead>) {
+        let mut inbox = self.shared.inbox.lock();
+        inbox.reads.extend(reads);
+        let bell = inbox.sleeps.pop();
+        drop(inbox);
+        if let Some(bell) = bell {
+            bell.ring();
+        }
+        if !self.is_ring {
+            self.shared.more.notify_all();
+        }
+    }
+}
+
+impl Drop for ReadQueue {
+    fn drop(&mut self) {
+        let mut inbox = self.shared.inbox.lock();
+        inbox.stop = true;
+        let bells = std::mem::take(&mut inbox.sleeps);
+        drop(inbox);
+        bells.iter().for_each(Bell::ring);
+        self.shared.more.notify_all();
+        let this = std::thread::current().id();
+        for thread in self.threads.drain(..) {
+            // The last user of a device may be the call at the end of a read: that thread ends by
+            // itself, and does not wait for itself.
+            if thread.thread().id() != this && thread.join().is_err() {
+                log::error!("a thread that reads panicked");
+            }
+        }
+    }
+}
+
+fn serve_thread(shared: &Shared, read: &Read) {
+    let mut inbox = shared.inbox.lock();
+    loop {
+        if let Some(mut next) = inbox.reads.pop_front() {
+            drop(inbox);
+            let outcome = read(next.addr, &mut next.buffer);
+            (next.done)(outcome, next.buffer);
+            inbox = shared.inbox.lock();
+        } else if inbox.stop {
+            return;
+        } else {
+            shared.more.wait(&mut inbox);
+        }
+    }
+}
+
+/// A read whose memory is lent to the ring.
+struct Flight {
+    addr: u64,
+    buffer: Bounce,
+    done: ReadDone,
+}
+
+fn serve_ring(mut ring: Ring, file: &File, shared: &Shared) {
+    let bell = ring.bell();
+    let mut waiting: VecDeque<QueuedRead> = VecDeque::new();
+    let mut flights: Vec<Option<Flight>> = (0..RING_READS_MAX).map(|_| None).collect();
+    let mut free: Vec<usize> = (0..flights.len()).collect();
+    let mut finished = Vec::new();
+    loop {
+        let stop = {
+            let mut inbox = shared.inbox.lock();
+            waiting.append(&mut inbox.reads);
+            // From now on whoever submits rings.
+            inbox.sleeps.push(bell.clone());
+            inbox.stop
+        };
+        while ring.has_room()
+            && let Some(tag) = free.pop()
+        {
+            let Some(mut read) = waiting.pop_front() else {
+                free.push(tag);
+                break;
+            };
+            let memory = read.buffer.lend();
+            ring.push(tag, read.addr, memory, read.buffer.asked());
+            flights[tag] = Some(Flight {
+                addr: read.addr,
+                buffer: read.buffer,
+                done: read.done,
+            });
+        }
+        if stop && ring.under_way() == 0 && waiting.is_empty() {
+            return;
+        }
+        if let Err(error) = ring.wait(&mut finished) {
+            // Not a read failed, the ring did: as bad as a lost thread, and as unlikely.
+            log::error!("io_uring failed, reads may take long: {error}");
+            std::thread::sleep(std::time::Duration::from_millis(10));
+        }
+        shared.inbox.lock().sleeps.retain(|other| !other.is(&bell));
+        for read in finished.drain(..) {
+            if let Some(flight) = flights.get_mut(read.tag).and_then(Option::take) {
+                free.push(read.tag);
+                end(flight, read, file);
+            }
+        }
+    }
+}
+
+fn end(mut flight: Flight, read: Finished, file: &File) {
+    flight.buffer.restore(read.memory);
+    let outcome = match read.read {
+        Ok(bytes) if bytes == flight.buffer.len() => Ok(()),
+        // A part of it, as any read may give, or a signal: the rest in the ordinary way.
+        Ok(bytes) => file.read_exact_at(&mut flight.buffer[bytes..], flight.addr + bytes as u64),
+        Err(error)
+            if matches!(
+                error.kind(),
+                io::ErrorKind::Interrupted | io::ErrorKind::WouldBlock
+            ) =>
+        {
+            file.read_exact_at(&mut flight.buffer, flight.addr)
+        }
+        Err(error) => Err(error),
+    };
+    (flight.done)(outcome, flight.buffer);
+}
