@@ -334,6 +334,13 @@ fn a_killed_import_leaves_nothing_or_all() {
         } else {
             Vec::new()
         };
+        // Killed in the microseconds in which its file had a hidden name: nothing was written to it.
+        let (hidden, made): (Vec<String>, Vec<String>) = made
+            .into_iter()
+            .partition(|name| name.starts_with(".nodupe-import-"));
+        for name in hidden {
+            assert_eq!(fs::metadata(dst.join(name)).unwrap().len(), 0);
+        }
         if made.is_empty() {
             continue;
         }
