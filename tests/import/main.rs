@@ -89,7 +89,9 @@ fn chains_of_every_format_become_peers() {
             let report = json(&output);
             let made = made(&report);
             assert_eq!(made.len(), depth + 1);
-            for (name, disk) in &disks {
+            // Of a hundred, some and the last.
+            let some = disks.iter().rev().step_by(if depth == 100 { 9 } else { 1 });
+            for (name, disk) in some {
                 assert!(
                     fs::read(&made[name]).unwrap() == disk.bytes,
                     "{kind:?} {name}"
