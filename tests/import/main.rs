@@ -336,7 +336,7 @@ fn a_killed_import_leaves_nothing_or_all() {
         } else {
             Vec::new()
         };
-        // Killed in the microseconds in which its file had a hidden name: nothing was written to it.
+        // The daemon may be just about to take the hidden name away: nothing was written to it.
         let (hidden, made): (Vec<String>, Vec<String>) = made
             .into_iter()
             .partition(|name| name.starts_with(".nodupe-import-"));
