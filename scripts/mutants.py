@@ -32,13 +32,14 @@ WORK = os.path.join(ROOT, "target", "mutants")
 MODEL = ["--no-default-features", "--features", "shuttle", "--test", "shuttle"]
 PLAIN = ["--no-default-features"]
 TESTS = [
+    ("mutants", PLAIN + ["--test", "mutants"], {}, 240),
+    ("readers", MODEL + ["no_reader"], {"SEED": "1"}, 120),
     ("shuttle", MODEL, {"SEED": "1", "SCHEDULES": "60"}, 120),
     ("crash", PLAIN + ["--test", "crash"], {"SEEDS": "20"}, 240),
     ("faults", PLAIN + ["--test", "faults"], {}, 240),
     ("full", PLAIN + ["--test", "full"], {}, 240),
     ("discard", PLAIN + ["--test", "discard"], {}, 240),
     ("regressions", PLAIN + ["--test", "regressions"], {}, 240),
-    ("mutants", PLAIN + ["--test", "mutants"], {}, 240),
     ("hostile", PLAIN + ["--test", "hostile"], {}, 240),
     ("races", PLAIN + ["--test", "races"], {"SECONDS": "2"}, 240),
     ("journal_loss", PLAIN + ["--test", "journal_loss"], {}, 240),
@@ -53,29 +54,40 @@ BUILD_SECONDS = 900
 
 
 class Mutant:
-    """One change: in `file`, the lines `old` become `new`."""
+    """Changes that belong together, each of a file: there the lines `old` become `new`."""
 
-    def __init__(self, name, why, file, old, new, equivalent):
-        self.name, self.why, self.file = name, why, file
-        self.old, self.new, self.equivalent = old, new, equivalent
+    def __init__(self, name, why, changes, equivalent):
+        self.name, self.why = name, why
+        self.changes, self.equivalent = changes, equivalent
 
     def apply(self, root):
-        """Changes the file below `root`; returns its path and its text before."""
-        path = os.path.join(root, self.file)
-        with open(path, encoding="ascii") as stream:
-            before = stream.read()
-        lines = before.split("\n")
-        found = [
-            at
-            for at in range(len(lines) - len(self.old) + 1)
-            if all(lines[at + i].strip() == want for i, want in enumerate(self.old))
-        ]
-        if len(found) != 1:
-            sys.exit(f"{self.name}: {len(found)} places in {self.file}; mend mutants.txt")
-        lines[found[0] : found[0] + len(self.old)] = self.new
+        """Makes the changes below `root`; returns each path with its text before."""
+        undo = []
+        for file, old, new in self.changes:
+            path = os.path.join(root, file)
+            with open(path, encoding="ascii") as stream:
+                before = stream.read()
+            lines = before.split("\n")
+            found = [
+                at
+                for at in range(len(lines) - len(old) + 1)
+                if all(lines[at + i].strip() == want for i, want in enumerate(old))
+            ]
+            if len(found) != 1:
+                take_back(undo)
+                sys.exit(f"{self.name}: {len(found)} places in {file}; mend mutants.txt")
+            lines[found[0] : found[0] + len(old)] = new
+            undo.append((path, before))
+            with open(path, "w", encoding="ascii") as stream:
+                stream.write("\n".join(lines))
+        return undo
+
+
+def take_back(undo):
+    """Undoes what `apply` did, the last change first."""
+    for path, before in reversed(undo):
         with open(path, "w", encoding="ascii") as stream:
-            stream.write("\n".join(lines))
-        return path, before
+            stream.write(before)
 
 
 def read_list():
@@ -86,19 +98,19 @@ def read_list():
     for part in re.split(r"^== ", text, flags=re.M)[1:]:
         lines = part.rstrip("\n").split("\n")
         name, _, why = lines[0].partition(": ")
-        equivalent, file, old, new = None, None, [], []
+        equivalent, changes = None, []
         for line in lines[1:]:
             if line.startswith("equivalent: "):
                 equivalent = line[len("equivalent: ") :]
             elif line.startswith("src/"):
-                file = line.strip()
-            elif line.startswith("-"):
-                old.append(line[1:].strip())
-            elif line.startswith("+"):
-                new.append(line[1:].strip())
-        if not file or not old:
+                changes.append((line.strip(), [], []))
+            elif line.startswith("-") and changes:
+                changes[-1][1].append(line[1:].strip())
+            elif line.startswith("+") and changes:
+                changes[-1][2].append(line[1:].strip())
+        if not changes or not all(old for _, old, _ in changes):
             sys.exit(f"mutants.txt: {name} changes nothing")
-        mutants.append(Mutant(name, why, file, old, new, equivalent))
+        mutants.append(Mutant(name, why, changes, equivalent))
     return mutants
 
 
@@ -194,8 +206,6 @@ def try_tests(tree, tests, jobs, everything):
     for name, args, extra, seconds in TESTS:
         if tests and name not in tests:
             continue
-        if name == "mutants" and not os.path.exists(os.path.join(tree, "tests/mutants.rs")):
-            continue
         with_jobs = [f"-j{jobs}"] + args
         built, said = run(tree, with_jobs + ["--no-run"], {}, BUILD_SECONDS)
         if built != "ok":
@@ -228,14 +238,13 @@ def main():
         mutants = [mutant for mutant in mutants if mutant.name in options.names]
     if options.list:
         for mutant in mutants:
-            print(f"{mutant.name:32} {mutant.file:28} {mutant.why}")
+            files = " ".join(file for file, _, _ in mutant.changes)
+            print(f"{mutant.name:32} {files:28} {mutant.why}")
         return 0
     tree = copy_tree()
     # All places are looked up before hours are spent.
     for mutant in mutants:
-        path, before = mutant.apply(tree)
-        with open(path, "w", encoding="ascii") as stream:
-            stream.write(before)
+        take_back(mutant.apply(tree))
     if not options.names and not options.trust:
         caught = try_tests(tree, options.tests, options.jobs, False)
         if caught:
@@ -243,12 +252,11 @@ def main():
     counts = {"caught": 0, "survived": 0, "equivalent": 0, "wrong": 0}
     for mutant in mutants:
         begun = time.monotonic()
-        path, before = mutant.apply(tree)
+        undo = mutant.apply(tree)
         try:
             caught = try_tests(tree, options.tests, options.jobs, options.all)
         finally:
-            with open(path, "w", encoding="ascii") as stream:
-                stream.write(before)
+            take_back(undo)
         took = f"{time.monotonic() - begun:4.0f} s"
         if mutant.equivalent:
             verdict = "wrong" if caught else "equivalent"

@@ -16,6 +16,7 @@ use serde_json::json;
 use super::access;
 use super::client;
 use super::failure::{Failure, Result};
+use super::identity;
 use super::mounts;
 use super::output::{Output, clean, show};
 use super::target::{self, LOOK_CACHE_SIZE};
@@ -28,6 +29,7 @@ const EXAMPLE: &str = "\
 Examples:
   nodupe clone /srv/vms/gold.raw /srv/vms/vm-001.raw
   nodupe clone /srv/vms/gold.raw '/srv/vms/vm-{}.raw' --count 100
+  nodupe clone --new-identity /srv/vms/gold.vdi /srv/vms/vm-001.vdi
   nodupe clone ./pool.nodupe:/gold.raw ./pool.nodupe:/vm-001.raw";
 
 /// Clones a file or a whole directory: no data is copied, whatever its size.
@@ -47,6 +49,10 @@ pub(super) struct Clone {
     /// Keep the owner of the source; without it the clone is yours
     #[arg(long)]
     preserve: bool,
+    /// Give each clone new ids, for hypervisors that refuse two disks with one: VHD, VHDX, VMDK of
+    /// one file, VDI. Several clones are made one after another
+    #[arg(long)]
+    new_identity: bool,
     /// Device of the journal, if the pool is not mounted and its journal is not in it
     #[arg(long, value_name = "DEVICE")]
     journal: Option<PathBuf>,
@@ -62,6 +68,10 @@ pub(super) fn run(args: &Clone, output: Output) -> Result<()> {
         access::split_pool_path(&args.src)
     };
     let (names, took) = match place {
+        Some(_) if args.new_identity => {
+            return Err(Failure::usage("--new-identity works in a mounted pool")
+                .hint("mount it first: nodupe mount POOL DIR"));
+        }
         Some((pool, inner)) => unmounted(args, &pool, &inner)?,
         None => mounted(args)?,
     };
@@ -120,6 +130,18 @@ fn mounted(args: &Clone) -> Result<Made> {
             .hint("choose a name in UTF-8, or unmount the pool and clone by POOL:/path")
     })?;
     let start = Instant::now();
+    if args.new_identity {
+        for name in &names {
+            identity::clone(
+                &resolved,
+                &dir,
+                &String::from_utf8_lossy(name),
+                args.preserve,
+            )
+            .map_err(|error| failed(src, &args.dst, &error))?;
+        }
+        return Ok((names, start.elapsed()));
+    }
     client::clone(&resolved, &dir, name, args.count, args.preserve)?
         .map_err(|error| failed(src, &args.dst, &error))?;
     Ok((names, start.elapsed()))

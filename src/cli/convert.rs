@@ -6,12 +6,13 @@ use std::path::{Path, PathBuf};
 use std::time::{Instant, SystemTime, UNIX_EPOCH};
 
 use clap::Args;
-use nodupe::error::Kind;
+use nodupe::error::{Error, Kind};
 use nodupe::formats::Format;
 use nodupe::formats::layout::{Held, Ids, Plan, Shape, Spec};
 use serde_json::json;
 
 use super::failure::{Failure, Result};
+use super::identity;
 use super::image::{self, Image};
 use super::output::{Output, clean, show};
 use super::sharing::{Counts, Sharing};
@@ -56,7 +57,7 @@ pub(super) struct Convert {
 
 pub(super) fn run(args: &Convert, output: Output) -> Result<()> {
     let begun = Instant::now();
-    let failed = |error: &nodupe::error::Error| {
+    let failed = |error: &Error| {
         let what = format!("cannot convert {} to {}", show(&args.src), show(&args.dst));
         let failure = Failure::new(what).because(error);
         match error.kind() {
@@ -94,7 +95,7 @@ pub(super) fn run(args: &Convert, output: Output) -> Result<()> {
         let mut sink = Sharing::new(&image, &held, dst, device, counts);
         planned.emit(plan.size, &mut sink)?;
         sink.finish()
-    })?
+    })
     .map_err(|error| failed(&error))?;
     for note in advice(&image, &spec) {
         output.note(&note);
@@ -196,74 +197,50 @@ pub(super) fn advice(image: &Image, spec: &Spec) -> Vec<String> {
 
 type Written = nodupe::error::Result<Counts>;
 
-/// Makes the files of a plan in `dir` under hidden names, writes each by `write`, and gives them
-/// their names, the one that was asked for last. Nothing is left if that fails.
+/// Makes the files of a plan in `dir`, writes each by `write`, and gives them their names when all
+/// are complete, the one that was asked for last. Whatever goes wrong, nothing is left.
 pub(super) fn make(
     dir: &Path,
     dst: &Path,
     plan: &Plan,
     mut write: impl FnMut(&nodupe::formats::layout::PlannedFile, &File, Counts) -> Written,
-) -> Result<Written> {
-    let mut made: Vec<(PathBuf, PathBuf)> = Vec::new();
-    let remove = |made: &[(PathBuf, PathBuf)]| {
-        for (hidden, _) in made {
-            // It has a name that nobody else uses; what cannot be removed is told by the error.
-            drop(fs::remove_file(hidden));
-        }
+) -> Written {
+    let into =
+        File::open(dir).map_err(|error| Error::io(format!("cannot open {}", show(dir)), error))?;
+    let name_of = |planned: &nodupe::formats::layout::PlannedFile| {
+        let name = match &planned.name {
+            Some(name) => Some(name.as_str()),
+            None => dst.file_name().and_then(|name| name.to_str()),
+        };
+        name.map(str::to_owned)
+            .ok_or_else(|| Error::new(Kind::Invalid, "the name of the new image is not UTF-8"))
     };
-    let mut counts = Counts::default();
     for planned in &plan.files {
-        let path = match &planned.name {
-            Some(name) => dir.join(name),
-            None => dst.to_path_buf(),
-        };
-        let cannot = |error: &std::io::Error| {
-            Failure::new(format!("cannot make {}", show(&path))).because(error)
-        };
-        if fs::symlink_metadata(&path).is_ok() {
-            remove(&made);
-            return Err(Failure::new(format!("cannot make {}", show(&path)))
-                .why("there is a file of that name")
-                .hint("remove it first, or choose another name"));
-        }
-        let name = path.file_name().unwrap_or_default().to_string_lossy();
-        let hidden = path.with_file_name(format!(".{name}.{}.part", std::process::id()));
-        let file = File::options()
-            .read(true)
-            .write(true)
-            .create_new(true)
-            .open(&hidden)
-            .map_err(|error| cannot(&error));
-        let file = match file {
-            Ok(file) => file,
-            Err(failure) => {
-                remove(&made);
-                return Err(failure);
-            }
-        };
-        made.push((hidden, path.clone()));
-        if let Err(error) = file.set_len(planned.len) {
-            remove(&made);
-            return Err(cannot(&error));
-        }
-        match write(planned, &file, counts) {
-            Ok(so_far) => counts = so_far,
-            Err(error) => {
-                remove(&made);
-                return Ok(Err(error));
-            }
+        let name = name_of(planned)?;
+        if fs::symlink_metadata(dir.join(&name)).is_ok() {
+            return Err(Error::new(
+                Kind::Exists,
+                format!("there is {} already", show(Path::new(&name))),
+            ));
         }
     }
-    for (i, (hidden, path)) in made.iter().enumerate() {
-        // A name that was taken meanwhile is not overwritten.
-        let named = fs::hard_link(hidden, path).and_then(|()| fs::remove_file(hidden));
-        if let Err(error) = named {
-            remove(&made[i..]);
-            for (_, path) in &made[..i] {
-                drop(fs::remove_file(path));
+    let mut counts = Counts::default();
+    let mut files = Vec::new();
+    for planned in &plan.files {
+        let file = identity::nameless(dir)?;
+        file.set_len(planned.len)
+            .map_err(|error| Error::io("cannot make a file of that size", error))?;
+        counts = write(planned, &file, counts)?;
+        files.push((file, name_of(planned)?));
+    }
+    for (i, (file, name)) in files.iter().enumerate() {
+        if let Err(error) = identity::publish(file, &into, name, false) {
+            for (_, name) in &files[..i] {
+                // Made a moment ago, and of no use without the others.
+                drop(fs::remove_file(dir.join(name)));
             }
-            return Err(Failure::new(format!("cannot make {}", show(path))).because(&error));
+            return Err(error);
         }
     }
-    Ok(Ok(counts))
+    Ok(counts)
 }

@@ -343,6 +343,7 @@ fn mount_options(plan: &Plan) -> MountOptions {
     if let Some(threads) = plan.words.threads {
         options.threads = threads;
     }
+    options.read_ahead = plan.words.read_ahead;
     if plan.words.blocks_allocated {
         options.blocks = BlocksPolicy::Allocated;
     }

@@ -30,16 +30,23 @@ const TOKEN_AGE: Duration = Duration::from_secs(20);
 /// A file of an image.
 #[derive(Debug)]
 pub(super) struct ImageFile {
-    pub(super) path: PathBuf,
     pub(super) file: File,
     pub(super) source: Arc<dyn Source>,
     /// Device of the file system: one mounted pool has one.
     pub(super) device: u64,
     token: RefCell<Option<(Token, Instant)>>,
-    /// What was told of its data: up to where, and the ranges, in blocks.
-    told: RefCell<(Range<u64>, Vec<(u64, u64)>)>,
+    /// What was told of its data: in blocks, of a file in a pool, else in bytes.
+    told: RefCell<Told>,
     /// It is in a pool, whose daemon tells where data is.
     pooled: bool,
+}
+
+/// Where a file has data: the ranges within a part of it. A range is first and count in blocks, of
+/// a file in a pool, else start and end in bytes.
+#[derive(Debug, Default)]
+struct Told {
+    within: Range<u64>,
+    ranges: Vec<(u64, u64)>,
 }
 
 /// An image with its files.
@@ -194,12 +201,11 @@ impl ImageFile {
         let metadata = file.metadata().map_err(failed)?;
         let source = Arc::new(FileSource::new(file.try_clone().map_err(failed)?)?);
         let mut opened = Self {
-            path: path.to_path_buf(),
             device: metadata.dev(),
             file,
             source,
             token: RefCell::default(),
-            told: RefCell::new((0..0, Vec::new())),
+            told: RefCell::default(),
             pooled: true,
         };
         opened.pooled = opened.token().is_ok();
@@ -240,10 +246,10 @@ impl ImageFile {
 
     fn data_by_seek(&self, range: &Range<u64>) -> Result<Option<Range<u64>>> {
         let failed = |error| Error::io("cannot find the holes of an image", error);
-        let told = self.told.borrow().1.first().copied();
+        let told = self.told.borrow().ranges.first().copied();
         // One range is remembered: it is asked for piece by piece.
         if let Some((start, end)) = told
-            && self.told.borrow().0.contains(&range.start)
+            && self.told.borrow().within.contains(&range.start)
         {
             if start < range.end {
                 return Ok(Some(start..end));
@@ -255,14 +261,17 @@ impl ImageFile {
         };
         let end = block::seek_hole(&self.file, start).map_err(failed)?;
         let end = end.unwrap_or(self.source.len());
-        *self.told.borrow_mut() = (range.start..end, vec![(start, end)]);
+        *self.told.borrow_mut() = Told {
+            within: range.start..end,
+            ranges: vec![(start, end)],
+        };
         Ok((start < range.end).then_some(start..end))
     }
 
     fn data_in_pool(&self, range: &Range<u64>) -> Result<Option<Range<u64>>> {
         let (mut from, to) = (range.start / B, range.end.div_ceil(B));
         while from < to {
-            if !self.told.borrow().0.contains(&from) {
+            if !self.told.borrow().within.contains(&from) {
                 // All of the file from here on: the answer has a limit of its own.
                 let end = self.source.len().div_ceil(B).max(to);
                 let look = Look {
@@ -277,17 +286,20 @@ impl ImageFile {
                 if found.next <= from {
                     return Err(nonsense());
                 }
-                *self.told.borrow_mut() = (from..found.next, found.ranges);
+                *self.told.borrow_mut() = Told {
+                    within: from..found.next,
+                    ranges: found.ranges,
+                };
             }
             let told = self.told.borrow();
             let index = told
-                .1
+                .ranges
                 .partition_point(|(start, count)| start + count <= from);
-            if let Some((start, count)) = told.1.get(index) {
+            if let Some((start, count)) = told.ranges.get(index) {
                 let data = (*start).max(from);
                 return Ok((data < to).then(|| data * B..(start + count) * B));
             }
-            from = told.0.end;
+            from = told.within.end;
         }
         Ok(None)
     }

@@ -17,8 +17,11 @@ mod create;
 #[cfg(feature = "fuse")]
 mod daemon;
 mod df;
+mod differ;
+mod export;
 mod failure;
 mod grow;
+mod identity;
 mod image;
 mod import;
 mod info;
@@ -70,6 +73,7 @@ enum Verb {
     Clone(clone::Clone),
     Convert(convert::Convert),
     Df(df::Df),
+    Export(export::Export),
     Grow(grow::Grow),
     Import(import::Import),
     Info(info::Info),
@@ -82,7 +86,7 @@ enum Verb {
 const GROUPS: &[(&str, &[&str])] = &[
     ("Set up", &["create", "mount", "umount", "grow"]),
     ("Every day", &["clone", "df", "info"]),
-    ("Images", &["import", "inspect", "convert"]),
+    ("Images", &["import", "inspect", "convert", "export"]),
     ("Trust", &["check", "scrub"]),
 ];
 
@@ -134,6 +138,7 @@ fn dispatch(cli: &Cli) -> Result<(), Failure> {
         Verb::Clone(args) => clone::run(args, output),
         Verb::Convert(args) => convert::run(args, output),
         Verb::Df(args) => df::run(args, output),
+        Verb::Export(args) => export::run(args, output),
         Verb::Grow(args) => grow::run(args, output),
         Verb::Import(args) => import::run(args, output),
         Verb::Info(args) => info::run(args, output),

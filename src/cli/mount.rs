@@ -38,6 +38,7 @@ Mount options (-o, separated by commas):
   blocks=logical      st_blocks tells the size of a file, so that every cp clones (default)
   blocks=allocated    st_blocks tells what is mapped; cp 9.0 and 9.1 then copy sparse files
   threads=N           threads that serve requests
+  read_ahead=SIZE     read ahead of guests that read in order at most so far (2M); 0 for not at all
   warn=80:90:95       as --warn-at
   noatime, exec, noexec, dev, nodev, suid, nosuid    as for mount(8); nodev,nosuid by default
   relatime, norelatime, diratime, nodiratime    taken; access times are not kept

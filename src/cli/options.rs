@@ -15,6 +15,8 @@ pub(super) struct Words {
     /// True: `st_blocks` tells the blocks that are mapped, instead of the size of the file.
     pub(super) blocks_allocated: bool,
     pub(super) threads: Option<usize>,
+    /// Bytes that are read ahead of a reader in order.
+    pub(super) read_ahead: Option<u64>,
     /// Percent of use at which there are warnings.
     pub(super) warn: Option<Vec<u8>>,
     pub(super) nonempty: bool,
@@ -92,6 +94,7 @@ fn set_value(words: &mut Words, name: &str, value: &str) -> Result<bool> {
                 )));
             }
         },
+        "read_ahead" => words.read_ahead = Some(size::parse(value).map_err(Failure::usage)?),
         "warn" => words.warn = Some(warn::parse_marks(value).map_err(Failure::usage)?),
         "comment" => {}
         _ => return Ok(name.starts_with("x-")),
@@ -134,6 +137,7 @@ mod tests {
         );
         assert!(parsed("blocks=allocated").blocks_allocated);
         assert_eq!(parsed("threads=4").threads, Some(4));
+        assert_eq!(parsed("read_ahead=1M").read_ahead, Some(1 << 20));
         assert_eq!(parsed("warn=70:85").warn, Some(vec![70, 85]));
     }
 
@@ -143,6 +147,7 @@ mod tests {
             "foo",
             "ro=1",
             "threads=0",
+            "read_ahead=far",
             "blocks=x",
             "cache_size=1",
             "warn=0",

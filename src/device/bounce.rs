@@ -3,7 +3,7 @@
 //! Invariants:
 //!
 //! 1. A buffer begins on a block boundary and is as long as asked for, at most [`CHUNK_MAX`].
-//! 2. At most the sum over [`CLASSES`] = 18 MiB stay allocated while no transfer runs.
+//! 2. At most the sum over [`CLASSES`] = 17 MiB stay allocated while no transfer runs.
 
 use std::ops::{Deref, DerefMut};
 use std::sync::Arc;
@@ -18,11 +18,14 @@ const CHUNK_MAX: usize = 1024 * 1024; // 1 MiB
 
 /// Bytes of the buffers of a class, and how many are kept for reuse: single blocks, runs of
 /// fragmented files, what is read ahead, and one large one for each thread that is likely to run.
-const CLASSES: [(usize, usize); 4] = [
+const CLASSES: [(usize, usize); 7] = [
     (16 * 1024, 128), // 2 MiB in all
-    (64 * 1024, 32),  // 2 MiB in all
+    (32 * 1024, 32),  // 1 MiB in all
+    (64 * 1024, 16),  // 1 MiB in all
+    (128 * 1024, 8),  // 1 MiB in all
     (256 * 1024, 8),  // 2 MiB in all
-    (CHUNK_MAX, 12),  // 12 MiB in all
+    (512 * 1024, 4),  // 2 MiB in all
+    (CHUNK_MAX, 8),   // 8 MiB in all
 ];
 
 /// Buffers waiting for the next transfer, by class. Guarded by themselves, held for a push or a
@@ -128,7 +131,7 @@ mod tests {
         let pool = BouncePool::default();
         let many: Vec<_> = (0..40).map(|_| pool.take(CHUNK_MAX)).collect();
         drop(many);
-        assert_eq!(pool.kept[3].lock().len(), CLASSES[3].1);
+        assert_eq!(pool.kept[6].lock().len(), CLASSES[6].1);
         let mut lent = pool.take(BLOCK_SIZE);
         let memory = lent.lend();
         lent.restore(memory);

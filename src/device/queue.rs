@@ -21,6 +21,9 @@ use crate::sys::ring::{Bell, Finished, Ring};
 
 /// Reads of one ring under way at once: more than the device of one machine works on.
 const RING_READS_MAX: u32 = 256;
+/// Most rings, each with a thread that also answers whoever waits: one could not keep up with
+/// several disks' worth of large reads.
+const RINGS_MAX: usize = 4;
 /// Threads that read where there is no ring.
 const THREADS: usize = 4;
 
@@ -69,8 +72,9 @@ struct Shared {
 #[derive(Debug, Default)]
 struct Inbox {
     reads: VecDeque<QueuedRead>,
-    /// Wakes the thread of the ring, which sleeps.
-    sleeps: Option<Bell>,
+    /// Wakes threads of rings that sleep: one for each submission, as those that work look here
+    /// again before they sleep.
+    sleeps: Vec<Bell>,
     stop: bool,
 }
 
@@ -80,10 +84,24 @@ impl ReadQueue {
     /// # Errors
     /// Where the kernel does not have it or forbids it.
     pub(crate) fn ring(file: Arc<File>) -> io::Result<Self> {
-        let shared = Arc::<Shared>::default();
+        let mut queue = Self {
+            shared: Arc::default(),
+            threads: Vec::new(),
+            is_ring: true,
+        };
+        let cores = std::thread::available_parallelism().map_or(1, usize::from);
+        for _ in 0..cores.min(RINGS_MAX) {
+            let thread = Self::ring_thread(&file, &queue.shared)?;
+            queue.threads.push(thread);
+        }
+        Ok(queue)
+    }
+
+    /// A thread with a ring of its own.
+    fn ring_thread(file: &Arc<File>, shared: &Arc<Shared>) -> io::Result<JoinHandle<()>> {
         let (tell, told) = mpsc::channel();
         let thread = {
-            let shared = Arc::clone(&shared);
+            let (file, shared) = (Arc::clone(file), Arc::clone(shared));
             // The ring belongs to the thread that makes it.
             let run = move || match Ring::new(Arc::clone(&file), RING_READS_MAX) {
                 Ok(ring) => {
@@ -96,11 +114,7 @@ impl ReadQueue {
         };
         told.recv()
             .unwrap_or_else(|_| Err(io::Error::other("the thread ended")))?;
-        Ok(Self {
-            shared,
-            threads: vec![thread],
-            is_ring: true,
-        })
+        Ok(thread)
     }
 
     /// Reads by a few threads that call `read`.
@@ -135,7 +149,7 @@ impl ReadQueue {
     pub fn submit(&self, reads: impl IntoIterator<Item = QueuedRead>) {
         let mut inbox = self.shared.inbox.lock();
         inbox.reads.extend(reads);
-        let bell = inbox.sleeps.take();
+        let bell = inbox.sleeps.pop();
         drop(inbox);
         if let Some(bell) = bell {
             bell.ring();
@@ -150,11 +164,9 @@ impl Drop for ReadQueue {
     fn drop(&mut self) {
         let mut inbox = self.shared.inbox.lock();
         inbox.stop = true;
-        let bell = inbox.sleeps.take();
+        let bells = std::mem::take(&mut inbox.sleeps);
         drop(inbox);
-        if let Some(bell) = bell {
-            bell.ring();
-        }
+        bells.iter().for_each(Bell::ring);
         self.shared.more.notify_all();
         let this = std::thread::current().id();
         for thread in self.threads.drain(..) {
@@ -191,6 +203,7 @@ struct Flight {
 }
 
 fn serve_ring(mut ring: Ring, file: &File, shared: &Shared) {
+    let bell = ring.bell();
     let mut waiting: VecDeque<QueuedRead> = VecDeque::new();
     let mut flights: Vec<Option<Flight>> = (0..RING_READS_MAX).map(|_| None).collect();
     let mut free: Vec<usize> = (0..flights.len()).collect();
@@ -200,7 +213,7 @@ fn serve_ring(mut ring: Ring, file: &File, shared: &Shared) {
             let mut inbox = shared.inbox.lock();
             waiting.append(&mut inbox.reads);
             // From now on whoever submits rings.
-            inbox.sleeps = Some(ring.bell());
+            inbox.sleeps.push(bell.clone());
             inbox.stop
         };
         while ring.has_room()
@@ -226,7 +239,7 @@ fn serve_ring(mut ring: Ring, file: &File, shared: &Shared) {
             log::error!("io_uring failed, reads may take long: {error}");
             std::thread::sleep(std::time::Duration::from_millis(10));
         }
-        shared.inbox.lock().sleeps = None;
+        shared.inbox.lock().sleeps.retain(|other| !other.is(&bell));
         for read in finished.drain(..) {
             if let Some(flight) = flights.get_mut(read.tag).and_then(Option::take) {
                 free.push(read.tag);

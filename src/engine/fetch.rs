@@ -26,9 +26,10 @@ use super::counters::Counters;
 
 const B: u64 = BLOCK_SIZE as u64;
 
-/// Bytes of blocks that reads which nobody waits for may be reading at once: 16 requests of the
-/// largest kind.
-const ROOM: usize = 16 * 1024 * 1024; // 16 MiB
+/// Bytes of blocks that reads which nobody waits for may be reading at once: 12 requests of the
+/// largest kind. With gaps and buffers that are larger than what they hold, up to four times as
+/// much memory, in practice little more.
+const ROOM: usize = 12 * 1024 * 1024; // 12 MiB
 /// What a request takes of it at least: the smallest buffer.
 const ROOM_MIN: usize = 16 * 1024; // 16 KiB
 

@@ -146,18 +146,22 @@ impl Pool {
         loop {
             self.throttle()?;
             self.check_host()?;
-            match self.with_space(|| self.try_write_staged(ino, offset, data, now))? {
+            let blocks = (offset % B + data.len() as u64).div_ceil(B);
+            let alone = self.ask_for_rescue(blocks)?;
+            match self.with_space(|| self.try_write_staged(ino, offset, data, alone, now))? {
                 Step::Done => return Ok(()),
                 Step::Pinned => self.end_clone(ino)?,
             }
         }
     }
 
+    /// `alone`: see [`check_rescue`](Self::check_rescue).
     fn try_write_staged(
         &self,
         ino: Ino,
         offset: u64,
         data: &[u8],
+        alone: bool,
         now: Time,
     ) -> Result<Attempt<Step>> {
         let end = offset + data.len() as u64;
@@ -179,7 +183,7 @@ impl Pool {
                 blocks.push((block, staged(&whole)));
             }
         }
-        self.check_rescue(blocks.len() as u64)?;
+        self.check_rescue(blocks.len() as u64, alone)?;
         self.counters.reserve(blocks.len() as u64)?;
         let outcome = self.stage_blocks(ino, &blocks, end, now);
         if !matches!(outcome, Ok(Attempt::Done(Step::Done))) {

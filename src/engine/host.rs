@@ -20,7 +20,7 @@
 //! |---|---|
 //! | a large write | `NoSpace`, its blocks are free again |
 //! | destage | blocks stay staged and in the journal, or go to the home of the nodes; tried again |
-//! | small writes, creating | refused while the last try of anybody failed |
+//! | small writes, creating | refused while the last try of anybody failed, or for a minute more than what could be destaged to the home, with the nodes that map it |
 //! | a checkpoint before its cut | given up |
 //! | a checkpoint behind it | its nodes wait in memory; the next one writes them first |
 //! | a commit (where overwriting takes space) | the batch is queued again, the caller gets `NoSpace` |
@@ -32,6 +32,7 @@ use crate::sync::Instant;
 use crate::sync::atomic::Ordering;
 use crate::units::BLOCK_SIZE;
 
+use super::counters::RESERVE_PER_BLOCK;
 use super::pool::Pool;
 use super::refusals::Times;
 use super::space::{Class, PIECE};
@@ -42,6 +43,9 @@ const SAID_EVERY: Duration = Duration::from_secs(60);
 const PROBE_EVERY: Duration = Duration::from_millis(250);
 /// How long behind a refusal space is given back to the host as soon as there is any.
 const PRESSED_FOR: Duration = Duration::from_secs(60);
+
+/// Staged blocks for which there is room for a rescue, or nothing new is taken.
+const RESCUE_LEAST: u64 = 4;
 
 /// What callers are told.
 fn host_full() -> Error {
@@ -91,19 +95,66 @@ impl Pool {
         !Times::is_over(self.host.times.lock().refused, PRESSED_FOR)
     }
 
-    /// After the host refused something: fails if `blocks` more staged blocks would not fit where
-    /// it keeps space for the pool, so that they could not be destaged if it refuses again, and no
-    /// checkpoint could be written. An empty stage takes any one step.
-    pub(crate) fn check_rescue(&self, blocks: u64) -> Result<()> {
+    /// True if `blocks` more staged blocks, with the nodes that map them, would not fit where the
+    /// host keeps space for the pool, after it refused something: if it refuses again they could
+    /// not be destaged, no checkpoint could be written, and deleting would not help any more.
+    fn lacks_rescue(&self, blocks: u64) -> bool {
         if !self.host.refused.load(Ordering::Relaxed) || !self.is_host_pressed() {
-            return Ok(());
+            return false;
         }
         let room = self.meta.read().space.rescue_room();
         let staged = self.stage.lock().blocks() as u64;
-        if staged > 0 && staged + blocks > room {
-            return Err(host_full());
+        (staged + blocks) * RESERVE_PER_BLOCK > room
+    }
+
+    /// Keeps room for a rescue, by a checkpoint, or learns that the host has space for what does
+    /// not fit. Otherwise new data and names are refused from here on, and deleting waits for the
+    /// checkpoint a little. Called with no lock held.
+    pub(crate) fn keep_rescue(&self) -> Result<()> {
+        let mut crowded = self.lacks_rescue(RESCUE_LEAST);
+        if crowded && (self.counters.dirty() > 0 || self.stage.lock().blocks() > 0) {
+            self.relieve_rescue()?;
+            crowded = self.lacks_rescue(RESCUE_LEAST);
         }
+        if crowded && self.stage.lock().blocks() == 0 {
+            // What lies there may stay, so that this would never end.
+            crowded = !self.host_takes(RESCUE_LEAST)?;
+        }
+        self.host.crowded.store(crowded, Ordering::Relaxed);
         Ok(())
+    }
+
+    fn relieve_rescue(&self) -> Result<()> {
+        if self.is_threaded() {
+            self.request_checkpoint();
+            self.wait_for_relief();
+            return Ok(());
+        }
+        match self.checkpoint_as(false) {
+            Err(error) if error.kind() != Kind::NoSpace => Err(error),
+            _ => Ok(()),
+        }
+    }
+
+    /// To be asked before `blocks` are staged, with no lock held. True if they may be although
+    /// there is no room for their rescue, because the host took as much a moment ago.
+    pub(crate) fn ask_for_rescue(&self, blocks: u64) -> Result<bool> {
+        if !self.lacks_rescue(blocks) {
+            return Ok(false);
+        }
+        self.relieve_rescue()?;
+        Ok(self.lacks_rescue(blocks)
+            && self.stage.lock().blocks() == 0
+            && self.host_takes(blocks * RESERVE_PER_BLOCK)?)
+    }
+
+    /// Fails if `blocks` more staged blocks could not be rescued. `alone`: an empty stage takes
+    /// them all the same.
+    pub(crate) fn check_rescue(&self, blocks: u64, alone: bool) -> Result<()> {
+        if !self.lacks_rescue(blocks) || alone && self.stage.lock().blocks() == 0 {
+            return Ok(());
+        }
+        Err(host_full())
     }
 
     /// Asks a full host again, now and then. Called with no lock held.
@@ -121,9 +172,9 @@ impl Pool {
         self.probe_host()
     }
 
-    /// Fails while the host has no space.
+    /// Fails while the host has no space, or there is no room for a rescue.
     pub(crate) fn check_host(&self) -> Result<()> {
-        if self.is_host_full() {
+        if self.is_host_full() || self.host.crowded.load(Ordering::Relaxed) {
             return Err(host_full());
         }
         Ok(())
@@ -134,23 +185,32 @@ impl Pool {
     /// # Errors
     /// Those of the device but `NoSpace`.
     fn probe_host(&self) -> Result<()> {
-        let tried = if self.stage.lock().blocks() > 0 {
-            self.destage_all()
-        } else {
-            self.write_free_blocks()
-        };
-        match tried {
+        if self.stage.lock().blocks() == 0 {
+            return self.host_takes(PIECE).map(drop);
+        }
+        match self.destage_all() {
             Err(error) if error.kind() != Kind::NoSpace => Err(error),
             _ => Ok(()),
         }
     }
 
-    fn write_free_blocks(&self) -> Result<()> {
+    /// Writes `count` free blocks: true if the host took them.
+    ///
+    /// # Errors
+    /// Those of the device but `NoSpace`.
+    fn host_takes(&self, count: u64) -> Result<bool> {
+        match self.write_free_blocks(count) {
+            Err(error) if error.kind() == Kind::NoSpace => Ok(false),
+            written => written.map(|()| true),
+        }
+    }
+
+    fn write_free_blocks(&self, count: u64) -> Result<()> {
         // A checkpoint of this instant would count these blocks as used, and nothing uses them.
         let _gate = self.gate.read();
-        self.counters.reserve_exactly(PIECE)?;
-        let runs = self.alloc_runs(Class::Data, PIECE as u32);
-        self.counters.unreserve_exactly(PIECE);
+        self.counters.reserve_exactly(count)?;
+        let runs = self.alloc_runs(Class::Data, count as u32);
+        self.counters.unreserve_exactly(count);
         let runs = runs?;
         let written = runs.iter().try_for_each(|run| {
             (run.block..run.end()).for_each(|block| self.cache.remove(block)); // I1 of the cache

@@ -26,7 +26,7 @@ use std::sync::Arc;
 use crate::device::{BlockDevice, BouncePool};
 use crate::error::{Error, Kind, Result};
 use crate::ondisk::superblock::{FLAG_CLEAN, FLAG_EXTERNAL_JOURNAL, SB_VERSION, Superblock};
-use crate::sync::atomic::{AtomicBool, Ordering};
+use crate::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use crate::sync::ranked;
 use crate::sync::thread::JoinHandle;
 use crate::sync::{Condvar, Mutex, RwLock, RwLockReadGuard, RwLockWriteGuard};
@@ -49,8 +49,8 @@ use super::waiters::Commit;
 /// thousands of pools.
 const FILE_LOCKS: usize = if cfg!(feature = "shuttle") { 8 } else { 1024 };
 
-/// Most bytes that are read ahead of a stream.
-const AHEAD_MAX: u64 = 2 * 1024 * 1024; // 2 MiB: what a fast disk reads while a guest works on 1
+/// Bytes that are read ahead of a stream unless told otherwise.
+const AHEAD_DEFAULT: u64 = 2 * 1024 * 1024; // 2 MiB: what a fast disk reads while a guest works on 1
 
 /// What bounds the memory and the queues of an open pool.
 #[derive(Clone, Copy, Debug)]
@@ -69,9 +69,6 @@ pub(crate) struct Limits {
     pub(crate) dirty_nodes: usize,
     /// Runs of changed reference counts above which a checkpoint is due.
     pub(crate) delta_runs: usize,
-    /// Bytes that are read ahead of a stream at most: a sixteenth of the cached blocks, so that
-    /// many streams do not drive out what they read.
-    pub(crate) ahead_bytes: u64,
     /// Staged blocks above which replay destages, together with what it keeps of the journal. More
     /// than otherwise: nothing else is in the caches yet.
     pub(crate) replay_blocks: usize,
@@ -104,6 +101,9 @@ pub struct Pool {
     /// Aligned memory for transfers of data.
     pub(crate) buffers: BouncePool,
     pub(crate) readers: Arc<Readers>,
+    /// Bytes that are read ahead of a stream at most.
+    pub(crate) ahead_max: AtomicU64,
+    ahead_most: u64,
     /// Reads data blocks.
     pub(crate) fetcher: Fetcher,
     pub(crate) checkpointing: Mutex<()>,
@@ -119,6 +119,9 @@ pub struct Pool {
     /// A checkpoint whose nodes or superblock the host had no space for: the next one finishes it
     /// first. Rank 8; changed only by who holds `checkpointing`.
     pub(crate) unfinished: Mutex<Option<(Superblock, Cut)>>,
+    /// Superblocks in a slot whose copy the host had no space for. The next flip writes the copies
+    /// first, so that none is ever more than one round behind. Rank 8; as `unfinished`.
+    pub(crate) stale_copies: Mutex<Vec<Superblock>>,
     /// The host refused to take what was written.
     pub(crate) host: HostState,
     poisoned: AtomicBool,
@@ -162,6 +165,8 @@ impl Pool {
             cache,
             buffers,
             readers: Arc::default(),
+            ahead_max: AtomicU64::new(AHEAD_DEFAULT.min(ahead_most(options.cache_size))),
+            ahead_most: ahead_most(options.cache_size),
             fetcher,
             checkpointing: ranked::mutex(1, ()),
             gate: ranked::rw_lock(2, ()),
@@ -174,6 +179,7 @@ impl Pool {
             commit: Commit::default(),
             superblock: ranked::mutex(8, superblock),
             unfinished: ranked::mutex(8, None),
+            stale_copies: ranked::mutex(8, Vec::new()),
             host: HostState::default(),
             poisoned: AtomicBool::new(false),
             poison: ranked::mutex(8, None),
@@ -187,6 +193,13 @@ impl Pool {
             heartbeat: ranked::mutex(8, None),
             device,
         }
+    }
+
+    /// Sets how many bytes are read ahead of a reader in order; 0: none. At most a sixteenth of the
+    /// cached blocks, so that many readers do not drive out what was read for others.
+    pub fn set_read_ahead(&self, bytes: u64) {
+        let bytes = bytes.min(self.ahead_most);
+        self.ahead_max.store(bytes, Ordering::Relaxed);
     }
 
     /// Superblock facts.
@@ -412,6 +425,11 @@ pub(crate) fn info_of(sb: &Superblock) -> PoolInfo {
     }
 }
 
+/// A sixteenth of the cached blocks, in bytes.
+fn ahead_most(cache_size: u64) -> u64 {
+    cache_size / 2 / 16
+}
+
 /// Splits `cache_size` (bytes): half for blocks, a quarter for clean nodes, an eighth for dirty
 /// nodes, an eighth for the stage and at least 1 MiB of it. Changed reference counts, 64 bytes for
 /// each run of blocks, take up to a thirty-second in addition.
@@ -427,7 +445,6 @@ fn limits(cache_size: u64, journal_size: u64) -> Limits {
         step_bytes: (pending / 4).clamp(64 * 1024, MIB) as usize,
         dirty_nodes: (cache_size / 8 / BLOCK_SIZE as u64).max(512) as usize,
         delta_runs: (cache_size / 32 / 64).max(4096) as usize,
-        ahead_bytes: (cache_size / 32).min(AHEAD_MAX),
         replay_blocks: ((cache_size / 4 * 3).max(MIB) / BLOCK_SIZE as u64) as usize,
     }
 }

@@ -15,6 +15,7 @@ use std::sync::Arc;
 use crate::error::{Error, Result};
 use crate::ondisk::Page;
 use crate::ondisk::inode::FILE_SIZE_MAX;
+use crate::sync::atomic::Ordering;
 use crate::sync::{Condvar, Mutex};
 use crate::units::{BLOCK_SIZE, Ino};
 
@@ -71,7 +72,8 @@ impl Pool {
         if let Some(stream) = stream
             && (len as u64) < STREAM_BLOCKS * B
             && self.fetcher.can_read_ahead()
-            && let Some(range) = stream.note(offset, len as u64, self.limits.ahead_bytes)
+            && let Some(range) =
+                stream.note(offset, len as u64, self.ahead_max.load(Ordering::Relaxed))
         {
             self.read_ahead(ino, &range);
         }

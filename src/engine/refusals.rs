@@ -12,6 +12,8 @@ pub(crate) struct HostState {
     pub(crate) full: AtomicBool,
     /// Something was refused since the pool was opened.
     pub(crate) refused: AtomicBool,
+    /// The home of the nodes has no room for what could have to be rescued (`host.rs`).
+    pub(crate) crowded: AtomicBool,
     /// When it last refused a write, was last asked again, and when that was last said. Rank 8.
     pub(crate) times: Mutex<Times>,
 }

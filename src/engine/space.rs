@@ -353,11 +353,7 @@ impl Space {
                 .get(&group)
                 .and_then(|group| group.bitmap.as_ref());
             let base = group * GROUP_BLOCKS;
-            bitmap.map_or(0, |bitmap| {
-                (start..end)
-                    .filter(|block| bit(bitmap, block - base))
-                    .count() as u64
-            })
+            bitmap.map_or(0, |bitmap| count_bits(bitmap, start - base, end - base))
         });
         free.sum()
     }
@@ -737,6 +733,18 @@ fn set_bits(bitmap: &mut [u64; WORDS], from: u64, to: u64, value: bool) {
         *word = if value { *word | mask } else { *word & !mask };
         at += count;
     }
+}
+
+fn count_bits(bitmap: &[u64; WORDS], from: u64, to: u64) -> u64 {
+    let mut count = 0;
+    let mut at = from;
+    while at < to {
+        let len = (64 - at % 64).min(to - at);
+        let mask = (u64::MAX >> (64 - len)) << (at % 64);
+        count += u64::from((bitmap[(at / 64) as usize] & mask).count_ones());
+        at += len;
+    }
+    count
 }
 
 /// Finds a run of at least `least` set bits within a range and returns up to `want` of it.

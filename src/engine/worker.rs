@@ -222,7 +222,7 @@ impl Pool {
     }
 
     /// Waits a little for the worker.
-    fn wait_for_relief(&self) {
+    pub(crate) fn wait_for_relief(&self) {
         let mut wake = self.wake.lock();
         wake.asked = true;
         self.wake_signal.notify_all();
@@ -244,6 +244,7 @@ impl Pool {
     /// Keeps the limits. Called with no lock held.
     pub(crate) fn throttle(&self) -> Result<()> {
         self.ask_full_host()?;
+        self.keep_rescue()?;
         loop {
             self.check_poison()?;
             let (pending, staged) = {

@@ -61,6 +61,9 @@ pub fn mount(
         ));
     }
     system::end_process_on_panic();
+    if let Some(bytes) = options.read_ahead {
+        pool.set_read_ahead(bytes);
+    }
     let vfs = Arc::new(Vfs::new(
         pool,
         VfsOptions {

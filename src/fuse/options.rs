@@ -26,6 +26,8 @@ pub struct MountOptions {
     pub read_only: bool,
     /// Session threads, 1 to [`THREADS_MAX`].
     pub threads: usize,
+    /// Bytes that are read ahead of a reader in order, if another number than usual; 0: none.
+    pub read_ahead: Option<u64>,
     /// What `st_blocks` tells.
     pub blocks: BlocksPolicy,
     /// Percent of use at which whoever mounts it warns, ascending: told on the control channel.
@@ -42,6 +44,7 @@ impl MountOptions {
             allow_other: false,
             read_only: false,
             threads: THREADS_DEFAULT,
+            read_ahead: None,
             blocks: BlocksPolicy::default(),
             marks: Vec::new(),
             extra: Vec::new(),

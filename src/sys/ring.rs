@@ -33,6 +33,11 @@ impl Bell {
         Ok(Self(Arc::new(unsafe { File::from_raw_fd(fd) })))
     }
 
+    /// True if both wake the same thread.
+    pub fn is(&self, other: &Self) -> bool {
+        Arc::ptr_eq(&self.0, &other.0)
+    }
+
     /// Wakes it, now or when it waits next.
     pub fn ring(&self) {
         // Any number will do that is not 0, so the order of bytes does not matter.

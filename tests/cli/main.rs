@@ -18,8 +18,8 @@ mod mounts;
 mod pools;
 mod scrub;
 
-const VERBS: [&str; 8] = [
-    "create", "mount", "umount", "clone", "df", "info", "check", "scrub",
+const VERBS: [&str; 10] = [
+    "create", "mount", "umount", "clone", "convert", "df", "export", "info", "check", "scrub",
 ];
 
 /// Smallest pool, so that the tests are quick.

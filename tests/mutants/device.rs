@@ -1,5 +1,5 @@
-//! A device that does something at a certain operation, before it happens, on the thread that
-//! asked for it. So a test needs no luck to be in the middle of a checkpoint.
+//! A device that does something at a certain operation, before it happens, while whoever asked for
+//! it waits. So a test needs no luck to be in the middle of a checkpoint.
 
 use std::collections::VecDeque;
 use std::io;
@@ -82,8 +82,11 @@ impl Hooked {
                 _ => None,
             }
         };
-        if let Some((_, hook)) = hook {
-            hook();
+        // On a thread of its own, because a thread takes locks in their order only.
+        if let Some((_, hook)) = hook
+            && let Err(panic) = std::thread::spawn(hook).join()
+        {
+            std::panic::resume_unwind(panic);
         }
     }
 

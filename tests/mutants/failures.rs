@@ -43,6 +43,20 @@ fn syncs_take_turns_and_none_succeeds_behind_one_that_failed() {
 }
 
 #[test]
+fn a_checkpoint_whose_sync_fails_is_the_end() {
+    let (device, pool, _) = open_hooked(&TINY, |_| ());
+    create(&pool, "synced");
+    pool.sync().expect("the device is sound");
+    device.sim.fail(FaultOp::Sync, 1, Fault::Io, Repeat::Once);
+    pool.checkpoint().expect_err("its sync fails");
+    assert!(pool.poisoned().is_some());
+    pool.sync().expect_err("also if nothing waits");
+    pool.close().expect_err("nothing is acknowledged any more");
+    let left = reopen(device.sim.crash_none());
+    left.lookup(Ino::ROOT, b"synced").expect("it was synced");
+}
+
+#[test]
 fn a_batch_that_the_host_refused_is_written_by_the_next_sync() {
     let (device, pool, file) = open_hooked(&TINY, |pool| create(pool, "file"));
     write(&pool, file, 0, 1, 2);

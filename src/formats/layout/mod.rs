@@ -18,13 +18,17 @@ use crate::sys;
 use crate::units::{BLOCK_SIZE, SECTOR_SIZE};
 
 mod held;
+mod identity;
 mod qcow2;
+mod stream;
 mod vdi;
 mod vhd;
 mod vhdx;
 mod vmdk;
 
 pub use held::{Held, Holes, Piece, Place};
+pub use identity::{Edits, renew};
+pub use stream::{Progress, compressed_qcow2, stream_optimized};
 
 const ALIGN: u64 = BLOCK_SIZE as u64;
 const SECTOR: u64 = SECTOR_SIZE as u64;

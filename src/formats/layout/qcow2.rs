@@ -8,7 +8,8 @@
 //! 1. Every cluster of the file has a reference count of 1.
 
 use super::{
-    Map, Parent, Part, Plan, PlannedFile, SECTOR, Spec, blocks, contiguous, count, put, too_large,
+    Blocks, Map, Parent, Part, Plan, PlannedFile, SECTOR, Spec, blocks, contiguous, count, put,
+    too_large,
 };
 use crate::error::Result;
 use crate::formats::qcow2::MAGIC;
@@ -107,6 +108,33 @@ pub(super) fn refcount_clusters(rest: u64, bits: u32) -> (u64, u64) {
     }
 }
 
+/// Numbers of the tables in which something is, ascending.
+fn tables(runs: &[Blocks], per_table: u64) -> Vec<u64> {
+    let mut tables: Vec<u64> = Vec::new();
+    for run in runs {
+        let first = run.first / per_table;
+        let first = tables.last().map_or(first, |last| first.max(last + 1));
+        tables.extend(first..=(run.first + run.count - 1) / per_table);
+    }
+    tables
+}
+
+/// The contents of these tables, for clusters from `first` on.
+fn entries(runs: &[Blocks], tables: &[u64], bits: u32, first: u64) -> Vec<u8> {
+    let (cluster, per_table) = (1_u64 << bits, 1_u64 << (bits - 3));
+    let mut bytes = vec![0; tables.len() << bits];
+    for run in runs {
+        for i in 0..run.count {
+            let block = run.first + i;
+            let place = tables.partition_point(|table| *table < block / per_table) as u64;
+            let entry = (first + (run.before + i) * cluster) | COPIED;
+            let at = place * cluster + block % per_table * 8;
+            put(&mut bytes, at as usize, &entry.to_be_bytes());
+        }
+    }
+    bytes
+}
+
 pub(super) fn plan(spec: &Spec, map: &dyn Map) -> Result<Plan> {
     let size = spec.size.next_multiple_of(SECTOR);
     let bits = cluster_bits(size);
@@ -117,12 +145,7 @@ pub(super) fn plan(spec: &Spec, map: &dyn Map) -> Result<Plan> {
         return Err(too_large(spec, "what QEMU opens"));
     }
     let runs = blocks(map, cluster, spec.size)?;
-    let mut tables: Vec<u64> = Vec::new();
-    for run in &runs {
-        let first = run.first / per_table;
-        let first = tables.last().map_or(first, |last| first.max(last + 1));
-        tables.extend(first..=(run.first + run.count - 1) / per_table);
-    }
+    let tables = tables(&runs, per_table);
     let l1_clusters = (l1_entries * 8).div_ceil(cluster);
     let rest = 1 + l1_clusters + tables.len() as u64 + count(&runs);
     let (table, counts) = refcount_clusters(rest, bits);
@@ -134,16 +157,7 @@ pub(super) fn plan(spec: &Spec, map: &dyn Map) -> Result<Plan> {
         let entry = (l2_at + i as u64 * cluster) | COPIED;
         put(&mut l1, *table as usize * 8, &entry.to_be_bytes());
     }
-    let mut l2 = vec![0; tables.len() << bits];
-    for run in &runs {
-        for i in 0..run.count {
-            let block = run.first + i;
-            let place = tables.partition_point(|table| *table < block / per_table) as u64;
-            let entry = (first + (run.before + i) * cluster) | COPIED;
-            let at = place * cluster + block % per_table * 8;
-            put(&mut l2, at as usize, &entry.to_be_bytes());
-        }
-    }
+    let l2 = entries(&runs, &tables, bits, first);
     let mut directory = Vec::new();
     for i in 0..counts {
         directory.extend(((1 + table + i) * cluster).to_be_bytes());

@@ -354,3 +354,90 @@ fn what_does_not_fit_is_refused() {
         Shape::VdiFixed
     );
 }
+
+/// The disk as an image that holds all of it.
+fn as_chain(dir: &Path, bytes: &[u8]) -> Chain {
+    let path = dir.join("source.raw");
+    std::fs::write(&path, bytes).unwrap();
+    Chain::new(vec![open(&path, Format::Raw)])
+}
+
+#[test]
+fn compressed_images_are_read_back_and_by_qemu() {
+    let dir = tempfile::tempdir().unwrap();
+    let qemu = qemu();
+    let (mut bytes, map) = disk(
+        (70 << 20) + 512,
+        &[
+            (0, 4096),
+            (64 << 10, 200 << 10),
+            (40 << 20, 4096),
+            (70 << 20, 512),
+        ],
+    );
+    // Some of it does not shrink.
+    let mut number = 88172645463325252_u64;
+    for byte in &mut bytes[64 << 10..160 << 10] {
+        number ^= number << 13;
+        number ^= number >> 7;
+        number ^= number << 17;
+        *byte = number as u8;
+    }
+    let chain = as_chain(dir.path(), &bytes);
+    let flat = dir.path().join("source.raw");
+    let size = bytes.len() as u64;
+    for (name, format) in [("a.vmdk", Format::Vmdk), ("a.qcow2", Format::Qcow2)] {
+        let path = dir.path().join(name);
+        let mut file = File::create(&path).unwrap();
+        let spec = spec(Shape::Qcow2, size, name);
+        let mut done = 0;
+        let progress: Progress<'_> = &mut |bytes| done += bytes;
+        let written = match format {
+            Format::Vmdk => stream_optimized(&spec, (&chain, &map), &mut file, progress),
+            _ => compressed_qcow2(&spec, (&chain, &map), &mut file, progress),
+        };
+        assert_eq!(written.unwrap(), std::fs::metadata(&path).unwrap().len());
+        assert!(done > 0);
+        let read = Chain::new(vec![open(&path, format)]);
+        assert!(contents(&read) == bytes, "{name}: the contents differ");
+        if qemu {
+            let (path, flat) = (path.to_str().unwrap(), flat.to_str().unwrap());
+            compare(path, format.name(), flat);
+            run_qemu(&["check", "-q", "-f", format.name(), path]);
+        }
+    }
+}
+
+#[test]
+fn new_ids_change_nothing_else() {
+    let dir = tempfile::tempdir().unwrap();
+    let (bytes, map) = disk(9 << 20, &[(0, 4096), (3 << 20, 1 << 20)]);
+    let mut ids = spec(Shape::Raw, 0, "").ids;
+    ids.uuid = Uuid([0xaa; 16]);
+    ids.cid = 0xfeed_beef;
+    for shape in SHAPES {
+        let format = shape.format();
+        let name = format!("{shape:?}.{}", extension(format));
+        let path = lay_out(dir.path(), &spec(shape, 9 << 20, &name), &bytes, &map);
+        let file = File::options().read(true).write(true).open(&path).unwrap();
+        let source = FileSource::new(file.try_clone().unwrap()).unwrap();
+        let edits = renew(&source, format, &ids);
+        if matches!(shape, Shape::Raw | Shape::Qcow2 | Shape::VmdkFlat) {
+            assert!(edits.is_err(), "{shape:?}");
+            continue;
+        }
+        for (at, bytes) in edits.unwrap() {
+            file.write_all_at(&bytes, at).unwrap();
+        }
+        let layer = open(&path, format);
+        let expected = match format {
+            Format::Vmdk => Identity::Cid(ids.cid),
+            _ => Identity::Uuid(ids.uuid),
+        };
+        assert_eq!(layer.facts().identity, Some(expected), "{shape:?}");
+        assert!(contents(&Chain::new(vec![layer])) == bytes, "{shape:?}");
+        if qemu() && format != Format::Vhd {
+            run_qemu(&["check", "-q", "-f", format.name(), path.to_str().unwrap()]);
+        }
+    }
+}

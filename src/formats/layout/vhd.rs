@@ -114,19 +114,7 @@ pub(super) fn dynamic(spec: &Spec, map: &dyn Map) -> Result<Plan> {
     };
     let names_end = table_end + names.iter().map(|name| name.space).sum::<u64>();
     let first = names_end.next_multiple_of(ALIGN) + ALIGN;
-    let mut table = vec![0xff; (table_end - TABLE) as usize];
-    for run in &runs {
-        for i in 0..run.count {
-            let bitmap = first + (run.before + i) * (BLOCK + ALIGN) - SECTOR;
-            let sector = u32::try_from(bitmap / SECTOR)
-                .map_err(|_| too_large(spec, "2 TiB of blocks that are used"))?;
-            put(
-                &mut table,
-                (run.first + i) as usize * 4,
-                &sector.to_be_bytes(),
-            );
-        }
-    }
+    let table = table(spec, &runs, (table_end - TABLE) as usize, first)?;
     let mut head = footer(spec, size, kind);
     head.extend(header(spec, entries, &names)?);
     head.extend(table);
@@ -165,6 +153,21 @@ pub(super) fn dynamic(spec: &Spec, map: &dyn Map) -> Result<Plan> {
         parts,
     };
     Ok(Plan::single(file, spec.size, BLOCK))
+}
+
+/// The block table of `len` bytes, for blocks whose data stands from `first` on.
+fn table(spec: &Spec, runs: &[Blocks], len: usize, first: u64) -> Result<Vec<u8>> {
+    let mut table = vec![0xff; len];
+    for run in runs {
+        for i in 0..run.count {
+            let bitmap = first + (run.before + i) * (BLOCK + ALIGN) - SECTOR;
+            let sector = u32::try_from(bitmap / SECTOR)
+                .map_err(|_| too_large(spec, "2 TiB of blocks that are used"))?;
+            let at = (run.first + i) as usize * 4;
+            put(&mut table, at, &sector.to_be_bytes());
+        }
+    }
+    Ok(table)
 }
 
 /// The 4 KiB before a block, with its bitmap at the end.

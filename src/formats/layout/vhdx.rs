@@ -81,26 +81,7 @@ pub(super) fn plan(spec: &Spec, map: &dyn Map) -> Result<Plan> {
         Vec::new()
     };
     let first = BAT + bat_len + bitmaps.len() as u64 * MIB;
-    let mut parts = vec![
-        Part::Bytes {
-            at: 0,
-            bytes: file_id(),
-        },
-        Part::Bytes {
-            at: HEADERS[0],
-            bytes: header(spec, 1),
-        },
-        Part::Bytes {
-            at: HEADERS[1],
-            bytes: header(spec, 2),
-        },
-    ];
-    for at in REGION_TABLES {
-        parts.push(Part::Bytes {
-            at,
-            bytes: regions(bat_len),
-        });
-    }
+    let mut parts = head(spec, bat_len);
     parts.push(Part::Bytes {
         at: METADATA,
         bytes: shaped.metadata()?,
@@ -127,6 +108,22 @@ pub(super) fn plan(spec: &Spec, map: &dyn Map) -> Result<Plan> {
         parts,
     };
     Ok(Plan::single(file, spec.size, block))
+}
+
+/// What stands in the first MiB.
+fn head(spec: &Spec, bat_len: u64) -> Vec<Part> {
+    let (headers, tables) = (HEADERS, REGION_TABLES);
+    let regions = regions(bat_len);
+    [
+        (0, file_id()),
+        (headers[0], header(spec, 1)),
+        (headers[1], header(spec, 2)),
+        (tables[0], regions.clone()),
+        (tables[1], regions),
+    ]
+    .into_iter()
+    .map(|(at, bytes)| Part::Bytes { at, bytes })
+    .collect()
 }
 
 fn file_id() -> Vec<u8> {

@@ -1,0 +1,93 @@
+//! New ids for the clone of an image: `nodupe clone --new-identity`.
+//!
+//! Invariants:
+//!
+//! 1. The clone gets its name when it has its new ids, in one instant.
+
+use std::fs::{self, File};
+use std::os::fd::AsFd;
+use std::os::unix::fs::FileExt;
+use std::path::Path;
+
+use nodupe::control::{self, Request, Response};
+use nodupe::error::{Error, Kind, Result};
+use nodupe::formats::layout::{Ids, renew};
+use nodupe::formats::{FileSource, Format, probe};
+use nodupe::sys;
+
+use super::image;
+
+/// Makes a clone of `src` with new ids: `name` in `dir`, a directory of the same mounted pool.
+pub(super) fn clone(src: &Path, dir: &Path, name: &str, preserve: bool) -> Result<()> {
+    let opened = |path: &Path| {
+        let failed = |error| Error::io(format!("cannot open {}", path.display()), error);
+        File::open(path).map_err(failed)
+    };
+    let (source, into) = (opened(src)?, opened(dir)?);
+    let is_file = source.metadata().is_ok_and(|metadata| metadata.is_file());
+    if !is_file {
+        return Err(Error::new(
+            Kind::Invalid,
+            "only the clone of a file gets a new identity: clone a directory file by file",
+        ));
+    }
+    let bytes = FileSource::new(source)?;
+    let format = match image::by_name(src) {
+        Some(Format::Raw) => Format::Raw,
+        _ => probe::probe(&bytes)?,
+    };
+    // Refused before anything is made.
+    renew(&bytes, format, &Ids::random()?)?;
+    let hidden = hidden()?;
+    publish(&opened(src)?, &into, &hidden, preserve)?;
+    let path = dir.join(&hidden);
+    let file = File::options().read(true).write(true).open(&path);
+    let removed = fs::remove_file(&path);
+    let failed = |error| Error::io(format!("cannot change {}", path.display()), error);
+    let file = file.map_err(failed)?;
+    removed.map_err(failed)?;
+    let bytes = FileSource::new(file.try_clone().map_err(failed)?)?;
+    for (at, edit) in renew(&bytes, format, &Ids::random()?)? {
+        file.write_all_at(&edit, at).map_err(failed)?;
+    }
+    publish(&file, &into, name, preserve)
+}
+
+/// A name that nobody uses.
+fn hidden() -> Result<String> {
+    let random = sys::control::random()
+        .map_err(|error| Error::io("no random numbers from the system", error))?;
+    let digits: String = random.iter().map(|byte| format!("{byte:02x}")).collect();
+    Ok(format!(".nodupe-{digits}"))
+}
+
+/// Gives what was written to `file` the name `name` in `dir`, which is in the same mounted pool.
+pub(super) fn publish(file: &File, dir: &File, name: &str, preserve: bool) -> Result<()> {
+    let Response::Token(source) = control::call(file.as_fd(), &Request::Token)? else {
+        return Err(Error::new(
+            Kind::Io,
+            "the daemon of the datastore answers nonsense: use the same version for both",
+        ));
+    };
+    let request = Request::Clone {
+        source,
+        name: name.to_owned(),
+        count: None,
+        preserve,
+    };
+    control::call(dir.as_fd(), &request).map(drop)
+}
+
+/// A new file in `dir` that has no name: whatever ends this process takes it away.
+pub(super) fn nameless(dir: &Path) -> Result<File> {
+    let path = dir.join(hidden()?);
+    let failed = |error| Error::io(format!("cannot make a file in {}", dir.display()), error);
+    let file = File::options()
+        .read(true)
+        .write(true)
+        .create_new(true)
+        .open(&path)
+        .map_err(failed)?;
+    fs::remove_file(&path).map_err(failed)?;
+    Ok(file)
+}
