@@ -91,7 +91,10 @@ fn a_clear_bit_of_a_vhd_is_the_parents_sector() {
     let table = number(512 + 20) as usize;
     let block = (0..3).find(|i| number(table + i * 4) != u32::MAX).unwrap();
     let bitmap = u64::from(number(table + block * 4)) * 512;
-    patch(&child, bitmap, &[0b1010_1010; 512]);
+    let old = &bytes[bitmap as usize..bitmap as usize + 512];
+    let new: Vec<u8> = old.iter().map(|bits| bits & 0b1010_1010).collect();
+    assert!(old != new);
+    patch(&child, bitmap, &new);
     let mut wanted = disks[1].1.bytes.clone();
     for sector in (block * 4096..(block + 1) * 4096).filter(|sector| sector % 2 == 1) {
         let range = sector * 512..(sector + 1) * 512;

@@ -7,7 +7,7 @@ use std::ffi::OsStr;
 use std::io;
 use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
-use std::time::SystemTime;
+use std::time::{Duration, SystemTime};
 
 use fuser::{
     BsdFileFlags, CopyFileRangeFlags, Errno, FileHandle, Filesystem, FopenFlags, Generation,
@@ -27,7 +27,7 @@ use crate::engine::{FileKind, ReadBytes, RenameMode, XattrMode};
 use crate::error::Result;
 use crate::units::BLOCK_SIZE;
 use crate::units::SECTOR_SIZE;
-use crate::vfs::{Allocate, Change, NAME_BYTES_MAX, NewInode, Seek};
+use crate::vfs::{Allocate, Change, NAME_BYTES_MAX, NewInode, Seek, UNNAMED_PREFIX};
 
 /// True for a direct read of less than a sector. Disk filesystems refuse it, and QEMU asks for one
 /// byte to learn that it must read whole sectors: if that works it reads behind the end of a file
@@ -226,17 +226,20 @@ impl Filesystem for Adapter {
         flags: i32,
         reply: ReplyCreate,
     ) {
-        let result = self.vfs.create(
-            &caller(request),
-            ino(parent),
-            name.as_bytes(),
-            mode,
-            flags & libc::O_EXCL != 0,
-            open_flags(flags),
-        );
+        let (caller, dir, name) = (caller(request), ino(parent), name.as_bytes());
+        let (exclusive, opened) = (flags & libc::O_EXCL != 0, open_flags(flags));
+        let unnamed = exclusive && name.starts_with(UNNAMED_PREFIX.as_bytes());
+        let (result, ttl) = if unnamed {
+            let result = self.vfs.create_unnamed(&caller, dir, name, mode, opened);
+            // The kernel asks again who has the name: nobody.
+            (result, Duration::ZERO)
+        } else {
+            let result = self.vfs.create(&caller, dir, name, mode, exclusive, opened);
+            (result, TTL)
+        };
         match result {
             Ok((attr, handle)) => reply.created(
-                &TTL,
+                &ttl,
                 &self.attr(&attr),
                 Generation(attr.generation),
                 FileHandle(handle.0),

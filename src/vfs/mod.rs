@@ -34,7 +34,7 @@ pub use copy::COPY_BYTES_MAX;
 pub use data::{Allocate, Seek};
 pub use directory::{COOKIE_DOT, COOKIE_DOT_DOT};
 pub use handles::{HandleId, OpenFlags, StalePages};
-pub use names::NewInode;
+pub use names::{NewInode, UNNAMED_PREFIX};
 
 use attributes::UsageCache;
 use handles::Handles;

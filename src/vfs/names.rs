@@ -6,6 +6,10 @@ use crate::engine::{Attr, FileKind, NewNode, RenameMode};
 use crate::error::{Error, Kind, Result};
 use crate::units::{Ino, Time};
 
+/// Beginning of names under which a file is made that has none: it is an orphan from its first moment.
+/// An import makes such files, so that whatever ends it takes them with it.
+pub const UNNAMED_PREFIX: &str = ".nodupe-import-";
+
 /// What is to be made. Symbolic links have [`Vfs::symlink`].
 #[derive(Clone, Copy, Debug)]
 pub struct NewInode {
@@ -85,6 +89,21 @@ impl Vfs {
             }
             Err(error) => Err(error),
         }
+    }
+
+    /// Makes a file without a name and opens it; `name`, which begins with [`UNNAMED_PREFIX`], is its
+    /// own for the moment between two operations of one request. Counted as one lookup.
+    pub fn create_unnamed(
+        &self,
+        caller: &Caller,
+        dir: Ino,
+        name: &[u8],
+        mode: u32,
+        flags: OpenFlags,
+    ) -> Result<(Attr, HandleId)> {
+        let created = self.create(caller, dir, name, mode, true, flags)?;
+        self.unlink(dir, name)?;
+        Ok(created)
     }
 
     /// Gives a file another name, counted as one lookup.

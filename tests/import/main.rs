@@ -89,7 +89,9 @@ fn chains_of_every_format_become_peers() {
             let report = json(&output);
             let made = made(&report);
             assert_eq!(made.len(), depth + 1);
-            for (name, disk) in &disks {
+            // Of a hundred, some and the last.
+            let some = disks.iter().rev().step_by(if depth == 100 { 9 } else { 1 });
+            for (name, disk) in some {
                 assert!(
                     fs::read(&made[name]).unwrap() == disk.bytes,
                     "{kind:?} {name}"
@@ -334,6 +336,13 @@ fn a_killed_import_leaves_nothing_or_all() {
         } else {
             Vec::new()
         };
+        // The daemon may be just about to take the hidden name away: nothing was written to it.
+        let (hidden, made): (Vec<String>, Vec<String>) = made
+            .into_iter()
+            .partition(|name| name.starts_with(".nodupe-import-"));
+        for name in hidden {
+            assert_eq!(fs::metadata(dst.join(name)).unwrap().len(), 0);
+        }
         if made.is_empty() {
             continue;
         }

@@ -2,9 +2,9 @@
 //!
 //! Invariants:
 //!
-//! 1. A file is made under a hidden name, which is taken away before anything is written: whatever
-//!    ends the process takes the contents with it. A process that is killed between these two
-//!    leaves an empty file, which the next import into the directory removes.
+//! 1. A file is made under a hidden name, which the daemon takes away in the same request: whatever
+//!    ends the process takes the contents with it. Only a power cut between the two halves leaves
+//!    an empty file, which a later import into the directory removes.
 //! 2. The file gets its name by one request to the daemon: a clone of all of it, in one instant.
 
 use std::fs::{self, File};
@@ -15,9 +15,8 @@ use std::time::Duration;
 use nodupe::control::{self, Request, Response};
 use nodupe::error::{Error, Kind, Result};
 use nodupe::sys::{self, files};
+use nodupe::vfs::UNNAMED_PREFIX as PREFIX;
 
-/// Beginning of hidden names.
-const PREFIX: &str = ".nodupe-import-";
 /// Age at which a hidden name belongs to nobody who lives: it is there for microseconds.
 const AGE: Duration = Duration::from_secs(60);
 
@@ -29,8 +28,11 @@ pub(super) fn create(dir: &Path, mode: u32) -> Result<File> {
     let path = dir.join(format!("{PREFIX}{digits}"));
     let failed = |error| Error::io(format!("cannot make a file in {}", dir.display()), error);
     let file = files::create_direct(&path, mode).map_err(failed)?;
-    fs::remove_file(&path).map_err(failed)?;
-    Ok(file)
+    // The daemon took the name away already. The kernel has to learn it, or it keeps the file.
+    match fs::remove_file(&path) {
+        Err(error) if error.kind() != std::io::ErrorKind::NotFound => Err(failed(error)),
+        _ => Ok(file),
+    }
 }
 
 /// Gives the contents of `file` the name `name` in `dir`.
