@@ -293,7 +293,7 @@ impl ImageFile {
             }
             let told = self.told.borrow();
             let index = told
-                .1
+                .ranges
                 .partition_point(|(start, count)| start + count <= from);
             if let Some((start, count)) = told.ranges.get(index) {
                 let data = (*start).max(from);
