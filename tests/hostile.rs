@@ -18,71 +18,17 @@ use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
-use common::crash::{TINY, Verdict, assert_none, for_each_seed, new_pool, seeds};
-use common::generate::{SMALL, next_op, random_bytes};
-use common::history::Runner;
+use common::crash::{Verdict, assert_none, for_each_seed, seeds};
+use common::furnish::all_kinds;
 use fuzz::exercise::exercise;
-use fuzz::forge::{B, Forge, batches, nodes};
+use fuzz::forge::{Forge, batches, nodes};
 use fuzz::template::options;
 
-use nodupe::device::{SimDevice, SplitMix64};
-use nodupe::engine::{FileKind, NewNode, Pool};
-use nodupe::units::{Ino, Time};
+use nodupe::device::SplitMix64;
+use nodupe::engine::Pool;
 
 /// Longest time that one case may take.
 const PATIENCE: Duration = Duration::from_secs(60);
-
-/// Names and extents for trees of several levels, with shared nodes, in a directory that the
-/// random history does not know.
-fn large_trees(pool: &Pool, rng: &mut SplitMix64) -> nodupe::error::Result<()> {
-    let now = Time::default();
-    let node = |kind| NewNode {
-        kind,
-        mode: 0o700,
-        uid: 0,
-        gid: 0,
-        rdev: 0,
-        target: b"",
-    };
-    let dir = pool.create_node(Ino::ROOT, b"large", &node(FileKind::Directory), now)?;
-    let file = pool.create_node(dir.ino, b"fragments", &node(FileKind::Regular), now)?;
-    for block in 0..500 {
-        pool.write(file.ino, block * 2 * B, &random_bytes(rng, 4096), now)?;
-    }
-    let names: Vec<_> = (0..150)
-        .map(|i| format!("clone {i}").into_bytes())
-        .collect();
-    pool.clone_tree(file.ino, dir.ino, &names, None, now)?;
-    for name in &names[..3] {
-        let clone = pool.lookup(dir.ino, name)?;
-        pool.write(clone.ino, rng.below(1000) * B, b"of its own", now)?;
-    }
-    pool.checkpoint()
-}
-
-/// A pool with all kinds of things in it; closed, or with a journal that waits for replay.
-fn furnished(seed: u64, closed: bool) -> Verdict<SimDevice> {
-    let (device, pool) = new_pool(&TINY, seed)?;
-    let mut rng = SplitMix64::new(seed ^ 0xf00d);
-    large_trees(&pool, &mut rng).map_err(|error| format!("large trees: {error}"))?;
-    let mut runner = Runner::new(pool);
-    for index in 0..260 {
-        let op = next_op(&mut rng, &runner.model, &SMALL);
-        let done = runner.run(&op);
-        done.map_err(|error| format!("{}: {error}", op.text()))?;
-        if index == 180 {
-            let done = runner.pool.checkpoint();
-            done.map_err(|error| format!("checkpoint: {error}"))?;
-        }
-    }
-    let done = if closed {
-        runner.pool.close()
-    } else {
-        runner.pool.sync()
-    };
-    done.map_err(|error| format!("end: {error}"))?;
-    Ok(device.crash_none())
-}
 
 /// Runs the cases with a watchdog, because a thread in an endless loop cannot be joined.
 fn watched(seeds: &[u64], case: impl Fn(u64) -> Verdict + Sync) -> Vec<(u64, String)> {
@@ -112,7 +58,7 @@ fn watched(seeds: &[u64], case: impl Fn(u64) -> Verdict + Sync) -> Vec<(u64, Str
 
 #[test]
 fn a_forged_tree_gives_errors_only() {
-    let base = furnished(5, true).expect("a pool on a sound device");
+    let base = all_kinds(5, true).expect("a pool on a sound device");
     let nodes = nodes(&base);
     assert!(nodes.len() > 30, "only {} nodes", nodes.len());
     let opened = AtomicU64::new(0);
@@ -134,7 +80,7 @@ fn a_forged_tree_gives_errors_only() {
 
 #[test]
 fn a_forged_superblock_gives_errors_only() {
-    let base = furnished(6, true).expect("a pool on a sound device");
+    let base = all_kinds(6, true).expect("a pool on a sound device");
     let failures = watched(&seeds(150), |seed| {
         let mut rng = SplitMix64::new(seed);
         let forge = Forge::new(&base, &[]);
@@ -147,7 +93,7 @@ fn a_forged_superblock_gives_errors_only() {
 
 #[test]
 fn a_forged_journal_gives_errors_only() {
-    let base = furnished(7, false).expect("a pool on a sound device");
+    let base = all_kinds(7, false).expect("a pool on a sound device");
     let batches = batches(&base);
     assert!(batches.len() > 1, "only {} batches", batches.len());
     let failures = watched(&seeds(300), |seed| {

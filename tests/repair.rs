@@ -12,8 +12,9 @@ use std::sync::Mutex;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use common::crash::{Geometry, TINY, Verdict, assert_none, for_each_seed, new_pool, seeds};
-use common::generate::{SMALL, next_op, random_bytes};
-use common::history::{Runner, open};
+use common::furnish::{all_kinds, large_trees};
+use common::generate::random_bytes;
+use common::history::open;
 use common::image::{self, Use, forge, hurt, in_use, page, put};
 
 use nodupe::device::{BlockDevice, FileDevice, OpenMode, SimDevice, SplitMix64};
@@ -42,57 +43,6 @@ fn depth(few: u64, many: u64) -> u64 {
         Some(_) => many,
         None => few,
     }
-}
-
-/// A file with many extents and clones of it: trees of several levels that share nodes.
-fn large_trees(pool: &Pool, rng: &mut SplitMix64) -> nodupe::error::Result<()> {
-    let now = Time::default();
-    let node = |kind| NewNode {
-        kind,
-        mode: 0o700,
-        uid: 0,
-        gid: 0,
-        rdev: 0,
-        target: b"",
-    };
-    let dir = pool.create_node(Ino::ROOT, b"large", &node(FileKind::Directory), now)?;
-    let file = pool.create_node(dir.ino, b"fragments", &node(FileKind::Regular), now)?;
-    for block in 0..500 {
-        pool.write(file.ino, block * 2 * B, &random_bytes(rng, 4096), now)?;
-    }
-    let names: Vec<_> = (0..120)
-        .map(|i| format!("clone {i}").into_bytes())
-        .collect();
-    pool.clone_tree(file.ino, dir.ino, &names, None, now)?;
-    for name in &names[..3] {
-        let clone = pool.lookup(dir.ino, name)?;
-        pool.write(clone.ino, rng.below(1000) * B, b"of its own", now)?;
-    }
-    pool.checkpoint()
-}
-
-/// A pool with all kinds of things in it; closed, or with a journal that waits for replay.
-fn furnished(seed: u64, closed: bool) -> Verdict<SimDevice> {
-    let (device, pool) = new_pool(&TINY, seed)?;
-    let mut rng = SplitMix64::new(seed ^ 0xf00d);
-    large_trees(&pool, &mut rng).map_err(|error| format!("large trees: {error}"))?;
-    let mut runner = Runner::new(pool);
-    for index in 0..200 {
-        let op = next_op(&mut rng, &runner.model, &SMALL);
-        let done = runner.run(&op);
-        done.map_err(|error| format!("{}: {error}", op.text()))?;
-        if index == 150 {
-            let done = runner.pool.checkpoint();
-            done.map_err(|error| format!("checkpoint: {error}"))?;
-        }
-    }
-    let done = if closed {
-        runner.pool.close()
-    } else {
-        runner.pool.sync()
-    };
-    done.map_err(|error| format!("end: {error}"))?;
-    Ok(device.crash_none())
 }
 
 /// What can be read: by path the page and its bytes, as far as there is an answer.
@@ -306,7 +256,7 @@ fn damage(device: &SimDevice, block: u64, kind: u64, rng: &mut SplitMix64, used:
 
 #[test]
 fn every_flipped_bit_is_found() {
-    let base = furnished(seeds(3)[0], true).expect("a pool on a sound device");
+    let base = all_kinds(seeds(3)[0], true).expect("a pool on a sound device");
     assert_eq!(lines(&check(&base).findings), "");
     let mut all: Vec<(u64, Use)> = in_use(&base).into_iter().collect();
     // All metadata, and of the data some.
@@ -353,7 +303,7 @@ fn every_flipped_bit_is_found() {
 fn every_damage_is_repaired_and_nothing_gets_worse() {
     let done: Mutex<BTreeMap<Use, u64>> = Mutex::new(BTreeMap::new());
     for seed in seeds(1) {
-        let base = furnished(seed, true).expect("a pool on a sound device");
+        let base = all_kinds(seed, true).expect("a pool on a sound device");
         let original = shown(&Arc::new(base.fork(1)), true).expect("a sound pool opens");
         let all = in_use(&base);
         let used: Vec<u64> = all.keys().copied().collect();
@@ -391,7 +341,7 @@ fn every_damage_is_repaired_and_nothing_gets_worse() {
 
 #[test]
 fn several_damages_at_once_are_repaired() {
-    let base = furnished(seeds(2)[0], true).expect("a pool on a sound device");
+    let base = all_kinds(seeds(2)[0], true).expect("a pool on a sound device");
     let original = shown(&Arc::new(base.fork(1)), true).expect("a sound pool opens");
     let used: Vec<u64> = in_use(&base)
         .into_keys()
@@ -413,7 +363,7 @@ fn several_damages_at_once_are_repaired() {
 #[test]
 fn forged_pools_end_up_clean() {
     let found = AtomicU64::new(0);
-    let base = furnished(seeds(2)[0], true).expect("a pool on a sound device");
+    let base = all_kinds(seeds(2)[0], true).expect("a pool on a sound device");
     let nodes = image::nodes(&base);
     let list: Vec<u64> = nodes.iter().copied().collect();
     let all: Vec<u64> = (0..seeds(1).len() as u64 * depth(100, 250)).collect();
@@ -440,7 +390,7 @@ fn forged_pools_end_up_clean() {
 
 #[test]
 fn a_crash_at_every_write_of_a_repair_leaves_the_old_or_the_new_state() {
-    let base = furnished(seeds(3)[0], false).expect("a pool on a sound device");
+    let base = all_kinds(seeds(3)[0], false).expect("a pool on a sound device");
     let original = shown(&Arc::new(base.fork(1)), true).expect("a sound pool opens");
     let all = in_use(&base);
     let mut victims: BTreeMap<Use, u64> = BTreeMap::new();
@@ -486,7 +436,7 @@ fn a_crash_at_every_write_of_a_repair_leaves_the_old_or_the_new_state() {
 #[test]
 fn a_waiting_journal_is_replayed_onto_what_is_left() {
     for seed in seeds(2) {
-        let base = furnished(seed, false).expect("a pool on a sound device");
+        let base = all_kinds(seed, false).expect("a pool on a sound device");
         assert!(check(&base).counts.batches > 0, "nothing waits");
         let original = shown(&Arc::new(base.fork(1)), true).expect("a sound pool opens");
         let used: Vec<(u64, Use)> = in_use(&base)
@@ -585,7 +535,7 @@ fn little_memory_means_more_passes_and_the_same_findings() {
 fn check_writes_nothing() {
     let dir = tempfile::tempdir().expect("a directory");
     for (seed, closed) in [(1, true), (2, false)] {
-        let base = furnished(seed, closed).expect("a pool on a sound device");
+        let base = all_kinds(seed, closed).expect("a pool on a sound device");
         for damaged in [false, true] {
             let device = base.fork(seed);
             if damaged {
@@ -626,7 +576,7 @@ fn without_both_slots_the_copies_serve_and_a_repair_rewrites_the_slots() {
         (3, true, TINY.pool_size + 5 * 1024 * 1024),
         (4, false, TINY.pool_size + B),
     ] {
-        let base = furnished(seed, closed).expect("a pool on a sound device");
+        let base = all_kinds(seed, closed).expect("a pool on a sound device");
         let original = shown(&Arc::new(base.fork(1)), true).expect("a sound pool opens");
         let mut rng = SplitMix64::new(seed);
         for zeros in [true, false] {

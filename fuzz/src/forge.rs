@@ -75,7 +75,8 @@ pub fn superblock_or_copy(device: &SimDevice) -> Option<Superblock> {
     let info = Pool::inspect(device).ok()?;
     let slot = info.generation % SLOTS;
     let copy = info.size / B - SLOTS + slot;
-    let places = [slot, copy].into_iter().filter(|at| *at < device.len() / B);
+    // Forged ones may differ and have one generation: an open takes the copy then.
+    let places = [copy, slot].into_iter().filter(|at| *at < device.len() / B);
     let mut found = places.filter_map(|at| Superblock::decode(&page(device, at)).ok());
     found.find(|sb| (sb.generation, sb.uuid) == (info.generation, info.uuid))
 }

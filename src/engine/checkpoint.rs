@@ -156,6 +156,7 @@ impl Pool {
         drop(nodes);
         let seq = superblock.journal_seq;
         let flipped = written
+            .and_then(|()| self.renew_copies(&superblock))
             .and_then(|()| self.device_sync())
             .and_then(|()| self.flip(&superblock));
         if let Err(error) = flipped {
@@ -254,9 +255,24 @@ impl Pool {
         // The copy is for a pool that lost both slots; it need not be durable now.
         *self.superblock.lock() = superblock.clone();
         match self.device_write(superblock.end_block() + slot, &page[..]) {
-            Err(error) if error.kind() == Kind::NoSpace => Ok(()),
+            Err(error) if error.kind() == Kind::NoSpace => {
+                self.stale_copies.lock().push(superblock.clone());
+                Ok(())
+            }
             written => written,
         }
+    }
+
+    /// Writes the copies that an earlier flip, or the open, could not, before `superblock` makes
+    /// them older still. Where the pool grows there are newer ones at its new end.
+    fn renew_copies(&self, superblock: &Superblock) -> Result<()> {
+        let stale = self.stale_copies.lock().clone();
+        for old in stale.iter().filter(|old| old.blocks == superblock.blocks) {
+            let place = old.end_block() + old.generation % SLOTS;
+            self.device_write(place, &old.encode()[..])?;
+        }
+        self.stale_copies.lock().clear();
+        Ok(())
     }
 
     /// What the flipped generation freed may be allocated again.

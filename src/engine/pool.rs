@@ -119,6 +119,9 @@ pub struct Pool {
     /// A checkpoint whose nodes or superblock the host had no space for: the next one finishes it
     /// first. Rank 8; changed only by who holds `checkpointing`.
     pub(crate) unfinished: Mutex<Option<(Superblock, Cut)>>,
+    /// Superblocks in a slot whose copy the host had no space for. The next flip writes the copies
+    /// first, so that none is ever more than one round behind. Rank 8; as `unfinished`.
+    pub(crate) stale_copies: Mutex<Vec<Superblock>>,
     /// The host refused to take what was written.
     pub(crate) host: HostState,
     poisoned: AtomicBool,
@@ -176,6 +179,7 @@ impl Pool {
             commit: Commit::default(),
             superblock: ranked::mutex(8, superblock),
             unfinished: ranked::mutex(8, None),
+            stale_copies: ranked::mutex(8, Vec::new()),
             host: HostState::default(),
             poisoned: AtomicBool::new(false),
             poison: ranked::mutex(8, None),

@@ -148,7 +148,7 @@ impl Pool {
         let scout = ring();
         let pool = Self::assemble(device, ring(), meta, superblock.clone(), options);
         if !options.read_only {
-            heal(&*pool.device, &superblock)?;
+            *pool.stale_copies.lock() = heal(&*pool.device, &superblock)?;
         }
         let replayed = pool.replay(scout).map_err(contradiction)?;
         if !options.read_only {

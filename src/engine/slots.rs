@@ -237,11 +237,11 @@ pub(crate) fn superblock_places(blocks: u64) -> Vec<u64> {
 /// Puts right what a crash or damage left of the superblocks: `newest` gets its slot, if it was
 /// found as a copy only, so that the pool does not live on one block while it changes; and each
 /// slot gets its copy, so that no copy is ever more than one round behind. Copies are made durable
-/// by the next checkpoint.
+/// by the next checkpoint. Returns the superblocks in slots whose copy the host had no space for.
 ///
 /// # Errors
 /// `Io` if it cannot be written.
-pub(crate) fn heal(device: &dyn BlockDevice, newest: &Superblock) -> Result<()> {
+pub(crate) fn heal(device: &dyn BlockDevice, newest: &Superblock) -> Result<Vec<Superblock>> {
     let failed = |source| Error::io("cannot write the superblock", source);
     let home = newest.generation % SLOTS;
     let in_slot = read_place(device, home, false);
@@ -253,6 +253,7 @@ pub(crate) fn heal(device: &dyn BlockDevice, newest: &Superblock) -> Result<()> 
             .map_err(failed)?;
         device.sync().map_err(failed)?;
     }
+    let mut stale = Vec::new();
     for slot in 0..SLOTS {
         let Content::Whole(found) = read_place(device, slot, false) else {
             continue;
@@ -266,10 +267,10 @@ pub(crate) fn heal(device: &dyn BlockDevice, newest: &Superblock) -> Result<()> 
                 .map_err(failed)
             {
                 // As for a checkpoint: a host without space is no reason to refuse a pool.
-                Err(error) if error.kind() == Kind::NoSpace => {}
+                Err(error) if error.kind() == Kind::NoSpace => stale.push(*found),
                 written => written?,
             }
         }
     }
-    Ok(())
+    Ok(stale)
 }

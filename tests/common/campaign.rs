@@ -12,9 +12,7 @@ use nodupe::ondisk::superblock::HEAD_BLOCKS;
 
 use super::crash::{TINY, Verdict};
 use super::damage::{look, look_for_any, used_blocks};
-use super::faulty::{
-    Base, Faulty, Source, check_poisoned, check_whole, recover, recover_but, run_faulty,
-};
+use super::faulty::{Base, Faulty, Source, check_poisoned, check_whole, recover, run_faulty};
 use super::generate::random_bytes;
 use super::history::Runner;
 use super::model::Model;
@@ -280,13 +278,7 @@ fn fill_host(base: &Base, seed: u64, source: Source, room: u64) -> Verdict<Outco
 /// nothing acknowledged is gone, whether the pool could take more or not.
 fn no_space(faulty: Faulty) -> Verdict<Outcome> {
     let Some(error) = &faulty.error else {
-        return match check_whole(&faulty) {
-            Ok(()) => Ok(Outcome::Tolerated),
-            // The copy of a superblock is for worse days; where it could not be written, the pool
-            // goes on, and `check` says that it is an old one.
-            Err(text) if only_old_copies(&text) => Ok(Outcome::Detected),
-            Err(text) => Err(text),
-        };
+        return check_whole(&faulty).map(|()| Outcome::Tolerated);
     };
     if faulty.runner.pool.poisoned().is_some() {
         return check_poisoned(&faulty).map(|()| Outcome::Detected);
@@ -294,20 +286,13 @@ fn no_space(faulty: Faulty) -> Verdict<Outcome> {
     if !error.contains("NoSpace") {
         return Err(format!("a full host is no reason for {error}"));
     }
-    recover_but(&faulty, "with a full host", only_old_copies)?;
+    recover(&faulty, "with a full host")?;
     faulty.device.heal();
     faulty.device.limit_space(None);
     let closed = faulty.runner.pool.close();
     closed.map_err(|error| format!("close with room again: {error}"))?;
-    recover_but(&faulty, "with room again", only_old_copies)?;
+    recover(&faulty, "with room again")?;
     Ok(Outcome::Detected)
-}
-
-/// True if `check` found nothing but copies of superblocks that are older than their slots.
-pub(crate) fn only_old_copies(text: &str) -> bool {
-    let mut lines = text.lines();
-    let begins = lines.next().is_some_and(|line| line.starts_with("check "));
-    begins && lines.all(|line| line.contains("the copy of superblock slot"))
 }
 
 /// One damaged block of a pool that was closed, or cut off behind a history.

@@ -237,15 +237,6 @@ fn old_data_reads(faulty: &Faulty) -> Verdict {
 
 /// Reopens a few crash images.
 pub(crate) fn recover(faulty: &Faulty, when: &str) -> Verdict {
-    recover_but(faulty, when, |_| false)
-}
-
-/// As [`recover`], but what `check` says may be what `passes` lets pass.
-pub(crate) fn recover_but(faulty: &Faulty, when: &str, passes: fn(&str) -> bool) -> Verdict {
-    let check = |device: &SimDevice, when: &str| match check(device, when) {
-        Err(text) if passes(&text) => Ok(()),
-        outcome => outcome,
-    };
     let newest = faulty.history.steps.len() - 1;
     for seed in 0..3 {
         let image = match seed {

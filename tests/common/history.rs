@@ -106,6 +106,9 @@ pub(crate) struct Runner {
     ticks: i64,
     /// Clones in pieces before the present operation.
     pinned: Vec<Id>,
+    /// An operation failed on the pool alone. What it began with, the end of a clone in pieces, may
+    /// have been done.
+    has_failed: bool,
     /// What [`Op::Reopen`] opens, and with how much cache.
     pub(crate) home: Option<(Arc<SimDevice>, u64)>,
 }
@@ -139,6 +142,7 @@ impl Runner {
             inos: BTreeMap::from([(ROOT, Ino::ROOT)]),
             ticks: 0,
             pinned: Vec::new(),
+            has_failed: false,
             home: None,
         }
     }
@@ -183,6 +187,7 @@ impl Runner {
             }
             (Ok(()), Err(error)) => {
                 self.model = before;
+                self.has_failed = true;
                 Err(error)
             }
             (Err(kind), Err(error)) => {
@@ -279,6 +284,10 @@ impl Runner {
             Op::ExtendClone(dst, size) => {
                 let extended = pool.extend_clone(self.ino(*dst), *size, now)?;
                 let was_pinned = self.pinned.contains(dst);
+                if was_pinned && !extended && self.has_failed {
+                    let why = "a change that failed had ended the clone";
+                    return Err(Error::new(Kind::Io, why));
+                }
                 assert_eq!(extended, was_pinned, "extend_clone of {dst}");
             }
             Op::EndClone(dst) => pool.end_clone(self.ino(*dst))?,

@@ -7,6 +7,7 @@ pub(crate) mod content;
 pub(crate) mod crash;
 pub(crate) mod damage;
 pub(crate) mod faulty;
+pub(crate) mod furnish;
 pub(crate) mod generate;
 pub(crate) mod history;
 pub(crate) mod image;
