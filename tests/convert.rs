@@ -146,6 +146,7 @@ fn a_hundred_gibibytes_cost_a_few_mebibytes() {
     file.read_exact_at(&mut first, 31 << 20).unwrap();
     file.read_exact_at(&mut again, SIZE - (1 << 20)).unwrap();
     assert!(first == again && first.iter().any(|byte| *byte != 0));
+    drop(file);
     store.unmount();
     store.check();
 }
@@ -171,7 +172,9 @@ fn what_is_not_aligned_is_copied_and_told() {
         .args([&raw, &vhd]));
     let to = dir.join("to.qcow2");
     let told = convert(&vhd, &to, &[]);
-    assert!(told["copied_bytes"].as_u64().unwrap() >= data, "{told}");
+    // Every eighth block is where it should be, by chance.
+    let [copied, shared] = ["copied_bytes", "shared_bytes"].map(|key| told[key].as_u64().unwrap());
+    assert!(copied > 0 && copied + shared >= data, "{told}");
     assert!(contents(&to, Format::Qcow2) == bytes);
     // A chain: the child's own blocks, and its parent's.
     let child = dir.join("child.qcow2");
