@@ -261,6 +261,49 @@ fn an_extent_that_looks_like_an_image_is_no_disk() {
 }
 
 #[test]
+fn a_child_does_not_decide_how_an_image_is_imported() {
+    let home = tempfile::tempdir().unwrap();
+    let dir = home.path();
+    let ids = write(dir, "base", Kind::Qcow2, &Disk::base(1), None);
+    let parent = Some(("base".to_owned(), ids));
+    write(
+        dir,
+        "child",
+        Kind::Qcow2,
+        &Disk::base(1).child(1),
+        parent.as_ref(),
+    );
+    let child = dir.join("child.qcow2");
+    let mut bytes = fs::read(&child).unwrap();
+    // The format that the child names: an extension with four bytes and a half of nothing.
+    let head = [0xe2, 0x79, 0x2a, 0xca, 0, 0, 0, 5];
+    let at = bytes.windows(8).position(|window| window == head).unwrap();
+    bytes[at + 7] = 3;
+    bytes[at + 8..at + 16].copy_from_slice(b"raw\0\0\0\0\0");
+    fs::write(&child, &bytes).unwrap();
+    let mut library = Library::new();
+    library.add_tree(dir, Path::new("")).unwrap();
+    library.resolve();
+    let base = |image: &&nodupe::transfer::Image| image.place == Path::new("base.qcow2");
+    let base = library.images().iter().find(base).unwrap();
+    assert!(base.wanted);
+    assert_eq!(base.facts.format, Format::Qcow2);
+    assert!(base.facts.notes[0].contains("takes it for raw"));
+    // What the user said counts as well, in whatever order.
+    let mut library = Library::new();
+    library
+        .add_file(&dir.join("base.qcow2"), Some(Format::Raw))
+        .unwrap();
+    bytes[at + 7] = 5;
+    bytes[at + 8..at + 16].copy_from_slice(b"qcow2\0\0\0");
+    fs::write(&child, &bytes).unwrap();
+    library.add_file(&child, None).unwrap();
+    library.resolve();
+    let base = &library.images()[0];
+    assert!(base.wanted && base.facts.format == Format::Raw);
+}
+
+#[test]
 fn samples() {
     let Some(dir) = std::env::var_os("NODUPE_SAMPLES") else {
         eprintln!("samples of real products: NOT RUN: NODUPE_SAMPLES names none");

@@ -82,6 +82,8 @@ pub struct Trouble {
     pub error: Error,
     place: Option<PathBuf>,
     id: FileId,
+    /// It looks like no image, and nobody said what it is.
+    plain: bool,
 }
 
 /// How the format of a file is found out.
@@ -240,14 +242,20 @@ impl Library {
     fn try_load(&mut self, spot: &Spot, choice: Choice, place: Option<&Path>) {
         if let Err(error) = self.load(spot, choice, place) {
             let path = self.roots.show(spot);
-            let id = self.roots.open(spot, false);
-            let id = id.map_or((0, 0), |(_, metadata)| file_id(&metadata));
+            let (mut id, mut plain) = ((0, 0), false);
+            if let Ok((file, metadata)) = self.roots.open(spot, false) {
+                id = file_id(&metadata);
+                let looks = FileSource::new(file).and_then(|source| probe::probe(&source));
+                plain = looks.is_ok_and(|format| format == Format::Raw)
+                    && !matches!(choice, Choice::Exactly(_));
+            }
             let place = place.map(Path::to_path_buf);
             let trouble = Trouble {
                 path,
                 error,
                 place,
                 id,
+                plain,
             };
             self.troubles.push(trouble);
         }
@@ -301,7 +309,10 @@ impl Library {
         };
         let index = self.images.len();
         self.loaded.insert((id, Some(format)), index);
-        let claimed = self.claim(id);
+        let claimed = match choice {
+            Choice::Exactly(_) => self.claim(id, format),
+            _ => None,
+        };
         self.images.push(image);
         self.add_snapshots(index, snapshots);
         self.want(index, claimed.as_deref());
@@ -355,26 +366,38 @@ impl Library {
                         ),
                         place: None,
                         id: image.id,
+                        plain: false,
                     });
                 }
             }
         }
     }
 
-    /// Takes the place of a file that was taken for something else: what a child or the user says
-    /// of it counts more than its looks.
-    fn claim(&mut self, id: FileId) -> Option<PathBuf> {
+    /// Takes the place of a file that was read as raw only because it looks like nothing else: what
+    /// a child says of it counts more. Where the user said what it is, or it looks like an image,
+    /// no child decides how it is imported.
+    fn claim(&mut self, id: FileId, format: Format) -> Option<PathBuf> {
         let mut place = None;
         for other in self.images.iter_mut().filter(|other| other.id == id) {
-            if std::mem::take(&mut other.wanted) {
-                place = Some(other.place.clone());
+            let own = other.facts.format;
+            if own == format {
+                continue;
+            }
+            if own == Format::Raw && !other.chosen {
+                if std::mem::take(&mut other.wanted) {
+                    place = Some(other.place.clone());
+                }
+            } else if other.wanted && other.what == What::Disk {
+                let note = format!("a child takes it for {format}; it is imported as {own}");
+                other.facts.notes.push(note);
             }
         }
         self.troubles.retain_mut(|trouble| {
-            if trouble.id == id && trouble.place.is_some() {
+            let claimed = trouble.id == id && trouble.plain;
+            if claimed && trouble.place.is_some() {
                 place = trouble.place.take();
             }
-            trouble.id != id
+            !claimed
         });
         place
     }
