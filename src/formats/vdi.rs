@@ -122,7 +122,8 @@ impl Vdi {
     fn check_map(&self, entries: u64) -> Result<()> {
         let stride = self.block + self.extra;
         let room = (self.sources[0].len() - self.data) / stride;
-        let mut seen = vec![0_u64; room.div_ceil(64) as usize];
+        // At most one number for each entry, however long the file is.
+        let mut seen = Vec::new();
         let mut at = 0;
         while at < entries {
             let count = (entries - at).min(256 * 1024);
@@ -136,17 +137,18 @@ impl Vdi {
                         "a block lies behind the end of the image: block={entry}"
                     )));
                 }
-                let (word, bit) = (entry as usize / 64, entry % 64);
-                if seen[word] >> bit & 1 == 1 {
-                    return Err(broken(format!(
-                        "a block belongs to two places of the disk: block={entry}"
-                    )));
-                }
-                seen[word] |= 1 << bit;
+                seen.push(entry);
             }
             at += count;
         }
-        Ok(())
+        seen.sort_unstable();
+        match seen.windows(2).find(|pair| pair[0] == pair[1]) {
+            None => Ok(()),
+            Some(pair) => Err(broken(format!(
+                "a block belongs to two places of the disk: block={}",
+                pair[0]
+            ))),
+        }
     }
 }
 
@@ -198,5 +200,58 @@ impl Layer for Vdi {
             },
         };
         Ok(Run { len, content })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A dynamic image of two blocks of 4 KiB in a file that claims `len` bytes.
+    #[derive(Debug)]
+    struct Long(Vec<u8>, u64);
+
+    impl Source for Long {
+        fn len(&self) -> u64 {
+            self.1
+        }
+
+        fn read_at(&self, offset: u64, buf: &mut [u8]) -> Result<()> {
+            for (i, byte) in buf.iter_mut().enumerate() {
+                *byte = self.0.get(offset as usize + i).copied().unwrap_or(0);
+            }
+            Ok(())
+        }
+    }
+
+    fn open(blocks: [u32; 2], len: u64) -> Result<Vdi> {
+        let mut bytes = vec![0; 1024];
+        for (at, number) in [
+            (64, MAGIC),
+            (68, VERSION),
+            (72, 400),
+            (76, DYNAMIC),
+            (340, 512),
+            (344, 1024),
+            (360, 512),
+            (368, 8192),
+            (376, 4096),
+            (384, 2),
+            (388, 2),
+            (512, blocks[0]),
+            (516, blocks[1]),
+        ] {
+            bytes[at..at + 4].copy_from_slice(&number.to_le_bytes());
+        }
+        Vdi::open(Arc::new(Long(bytes, len)))
+    }
+
+    #[test]
+    fn a_long_file_takes_no_memory_and_no_block_is_used_twice() {
+        for len in [1024 + 8192, 1 << 62] {
+            assert!(open([1, 0], len).is_ok());
+            let error = open([1, 1], len).unwrap_err();
+            assert!(error.to_string().contains("two places"), "{error}");
+        }
     }
 }

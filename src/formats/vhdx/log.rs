@@ -90,6 +90,11 @@ pub(super) fn replay(base: Arc<dyn Source>, log: Log) -> Result<Replayed> {
     let (flushed, last) = active
         .last()
         .map_or((0, 0), |head| (head.flushed, head.last));
+    if last > super::LEN_MAX {
+        return Err(broken(format!(
+            "the log says that the file is longer than any VHDX can be: bytes={last}"
+        )));
+    }
     if base.len() < flushed {
         return Err(broken(format!(
             "the image was cut off after its log was written: length={} flushed={flushed}",
@@ -294,5 +299,51 @@ impl Source for Replayed {
             at += PAGE;
         }
         Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const GUID: [u8; 16] = [7; 16];
+
+    /// Puts an entry of `len` bytes without sectors into the ring.
+    fn put(ring: &mut [u8], at: usize, len: usize, last: u64, changes: &[(u64, u64)]) {
+        let entry = &mut ring[at..at + len];
+        entry[..4].copy_from_slice(b"loge");
+        entry[8..12].copy_from_slice(&(len as u32).to_le_bytes());
+        entry[12..16].copy_from_slice(&(at as u32).to_le_bytes());
+        entry[16] = 1;
+        entry[24..28].copy_from_slice(&(changes.len() as u32).to_le_bytes());
+        entry[32..48].copy_from_slice(&GUID);
+        entry[56..64].copy_from_slice(&last.to_le_bytes());
+        for (i, (from, bytes)) in changes.iter().enumerate() {
+            let descriptor = &mut entry[ENTRY_HEADER + i * DESCRIPTOR..][..DESCRIPTOR];
+            descriptor[..4].copy_from_slice(b"zero");
+            descriptor[8..16].copy_from_slice(&bytes.to_le_bytes());
+            descriptor[16..24].copy_from_slice(&from.to_le_bytes());
+            descriptor[24] = 1;
+        }
+        let crc = crc32c(entry);
+        entry[4..8].copy_from_slice(&crc.to_le_bytes());
+    }
+
+    fn replayed(ring: &[u8]) -> Result<Replayed> {
+        let offset = 1 << 20;
+        let mut file = vec![0xff; 4 << 20];
+        file[1 << 20..][..ring.len()].copy_from_slice(ring);
+        let len = ring.len() as u64;
+        let guid = GUID;
+        replay(Arc::new(file), Log { guid, offset, len })
+    }
+
+    #[test]
+    fn a_log_that_makes_the_file_endless_is_refused() {
+        for (last, fits) in [(4 << 20, true), (1 << 63, false), (u64::MAX, false)] {
+            let mut ring = vec![0; 1 << 20];
+            put(&mut ring, 0, 4096, last, &[]);
+            assert_eq!(replayed(&ring).is_ok(), fits, "{last}");
+        }
     }
 }

@@ -15,13 +15,17 @@ mod log;
 mod metadata;
 
 use super::source::{check_range, read_vec};
-use super::{Content, Facts, Format, Identity, Layer, Pages, Run, Source, broken};
+use super::{Content, Facts, Format, Identity, Layer, Pages, Run, Source, broken, unsupported};
 use crate::error::Result;
 use crate::ondisk::get_u64;
 use metadata::{MIB, Metadata, Regions};
 
 /// First bytes of a VHDX.
 pub const MAGIC: [u8; 8] = *b"vhdxfile";
+
+/// Longest file: the largest disk, 64 TiB, and more than its tables and bitmaps ever take. Bounds
+/// the memory of [`Taken`] to about 8 MiB.
+const LEN_MAX: u64 = 65 << 40;
 
 /// States of a block in the allocation table.
 const NOT_PRESENT: u64 = 0;
@@ -68,6 +72,12 @@ impl Vhdx {
             notes.push("its log was replayed in memory; the file was not closed cleanly".into());
             Arc::new(log::replay(source, header.log)?)
         };
+        if source.len() > LEN_MAX {
+            return Err(unsupported(format!(
+                "the file is longer than any VHDX can be: bytes={}",
+                source.len()
+            )));
+        }
         let regions = metadata::regions(&*source, &header.log)?;
         let disk = metadata::metadata(&*source, &regions)?;
         let facts = Facts {
@@ -253,5 +263,40 @@ impl Layer for Vhdx {
             _ => (most, Content::Zero),
         };
         Ok(Run { len, content })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A hole of this length.
+    #[derive(Debug)]
+    struct Long(Vec<u8>, u64);
+
+    impl Source for Long {
+        fn len(&self) -> u64 {
+            self.1
+        }
+
+        fn read_at(&self, offset: u64, buf: &mut [u8]) -> Result<()> {
+            for (i, byte) in buf.iter_mut().enumerate() {
+                *byte = self.0.get(offset as usize + i).copied().unwrap_or(0);
+            }
+            Ok(())
+        }
+    }
+
+    #[test]
+    fn a_file_longer_than_any_is_refused_before_memory_is_taken() {
+        let mut bytes = vec![0; 1 << 20];
+        bytes[..8].copy_from_slice(&MAGIC);
+        let head = &mut bytes[65536..65536 + 4096];
+        head[..4].copy_from_slice(b"head");
+        head[66] = 1;
+        let crc = crate::ondisk::crc32c(head);
+        head[4..8].copy_from_slice(&crc.to_le_bytes());
+        let error = Vhdx::open(Arc::new(Long(bytes, 1 << 62))).unwrap_err();
+        assert!(error.to_string().contains("longer than any"), "{error}");
     }
 }
