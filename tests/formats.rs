@@ -304,6 +304,36 @@ fn a_child_does_not_decide_how_an_image_is_imported() {
 }
 
 #[test]
+fn a_directory_that_cannot_be_read_is_told_and_the_rest_is_found() {
+    let home = tempfile::tempdir().unwrap();
+    let (short, long) = (home.path().join("b"), "b".repeat(250));
+    // A path that no call takes, which even root cannot list: it grew by renaming.
+    let mut dir = short.clone();
+    while dir.as_os_str().len() < 3800 {
+        dir.push("d".repeat(200));
+    }
+    fs::create_dir_all(&dir).unwrap();
+    while dir.as_os_str().len() < 4080 {
+        dir.push("e".repeat((4086 - dir.as_os_str().len()).min(100)));
+    }
+    fs::create_dir_all(&dir).unwrap();
+    fs::rename(&short, home.path().join(&long)).unwrap();
+    // And one that is too deep.
+    let mut deep = home.path().join("c");
+    deep.extend(std::iter::repeat_n("c", 130));
+    fs::create_dir_all(&deep).unwrap();
+    for name in ["a", "z"] {
+        write(home.path(), name, Kind::Vhd, &Disk::base(1), None);
+    }
+    let (made, told) = found(home.path());
+    let wanted = ["a.vhd", "z.vhd"];
+    assert_eq!(made, wanted.map(|name| (name.to_owned(), Format::Vhd)));
+    assert!(told.contains("cannot list"), "{told}");
+    assert!(told.contains("more than 128 directories"), "{told}");
+    assert_eq!(told.lines().count(), 2);
+}
+
+#[test]
 fn samples() {
     let Some(dir) = std::env::var_os("NODUPE_SAMPLES") else {
         eprintln!("samples of real products: NOT RUN: NODUPE_SAMPLES names none");

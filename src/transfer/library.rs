@@ -181,23 +181,46 @@ impl Library {
     /// destination.
     ///
     /// # Errors
-    /// `Io` if the directory cannot be read; `TooLarge`. What is wrong with one image is among the
-    /// [`troubles`](Self::troubles).
+    /// `Io` if the directory cannot be read; `TooLarge`. What is wrong with one image, or with a
+    /// directory below, is among the [`troubles`](Self::troubles).
     pub fn add_tree(&mut self, dir: &Path, under: &Path) -> Result<()> {
         let top = self.roots.add(dir)?;
         let mut pending = vec![(top, under.to_path_buf(), 0)];
         while let Some((dir, place, depth)) = pending.pop() {
-            for (name, is_dir) in self.list(&dir)? {
+            let entries = match self.list(&dir) {
+                Ok(entries) => entries,
+                Err(error) if depth > 0 && error.kind() != Kind::TooLarge => {
+                    self.trouble(&dir, error);
+                    continue;
+                }
+                Err(error) => return Err(error),
+            };
+            for (name, is_dir) in entries {
                 let (spot, place) = (dir.join(&name), place.join(&name));
-                if is_dir && depth < DEPTH_MAX {
-                    pending.push((spot, place, depth + 1));
-                } else if !is_dir {
+                if !is_dir {
                     self.try_load(&spot, Choice::Scan, Some(&place));
+                } else if depth < DEPTH_MAX {
+                    pending.push((spot, place, depth + 1));
+                } else {
+                    let what = format!("more than {DEPTH_MAX} directories below each other");
+                    let error = Error::new(Kind::TooLarge, what + ": import it by itself");
+                    self.trouble(&spot, error);
                 }
             }
             self.scanned.insert(dir);
         }
         Ok(())
+    }
+
+    /// Notes a directory that was not looked at.
+    fn trouble(&mut self, dir: &Spot, error: Error) {
+        self.troubles.push(Trouble {
+            path: self.roots.show(dir),
+            error,
+            place: None,
+            id: (0, 0),
+            plain: false,
+        });
     }
 
     /// Files and directories in a directory, by name. A link is neither.
