@@ -334,6 +334,47 @@ fn a_directory_that_cannot_be_read_is_told_and_the_rest_is_found() {
 }
 
 #[test]
+fn a_table_of_a_vmdk_that_is_named_twice_is_refused() {
+    let mut cowd = vec![0; 41 * 512];
+    cowd[..4].copy_from_slice(b"COWD");
+    put32(&mut cowd, 4, &[1, 3, 16384, 1, 4, 4]);
+    put32(&mut cowd, 4 * 512, &[8, 8]);
+    let home = tempfile::tempdir().unwrap();
+    esx(home.path(), "VMFSSPARSE", &cowd);
+    let why = read(&home.path().join("c.vmdk")).unwrap_err().to_string();
+    assert!(why.contains("named twice"), "{why}");
+
+    // Two tables of grains of 4 KiB; the directory stands in the third sector.
+    let mut sparse = vec![0; 16 * 512];
+    sparse[..4].copy_from_slice(b"KDMV");
+    put32(&mut sparse, 4, &[1, 0]);
+    for (at, number) in [(12, 8192), (20, 8), (56, 2)] {
+        put64(&mut sparse, at, number);
+    }
+    put32(&mut sparse, 44, &[512]);
+    let line = |name: &str| format!("RW 8192 SPARSE \"{name}\"\n").repeat(2000);
+    let text = "# Disk DescriptorFile\nversion=1\nCID=00000001\nparentCID=ffffffff\n\
+                createType=\"twoGbMaxExtentSparse\"\n";
+    fs::write(
+        home.path().join("t.vmdk"),
+        text.to_owned() + &line("t-s001.vmdk"),
+    )
+    .unwrap();
+    for (tables, fits) in [([4, 8], true), ([4, 4], false), ([4, 6], false)] {
+        put32(&mut sparse, 2 * 512, &tables);
+        fs::write(home.path().join("t-s001.vmdk"), &sparse).unwrap();
+        let size = disk(&home.path().join("t.vmdk"), None).map(|disk| disk.size());
+        match size {
+            Ok(size) => assert!(fits && size == 2000 * (4 << 20), "{tables:?}"),
+            Err(error) => assert!(
+                !fits && error.to_string().contains("named twice"),
+                "{error}"
+            ),
+        }
+    }
+}
+
+#[test]
 fn samples() {
     let Some(dir) = std::env::var_os("NODUPE_SAMPLES") else {
         eprintln!("samples of real products: NOT RUN: NODUPE_SAMPLES names none");

@@ -156,6 +156,20 @@ pub(crate) fn read_vec(source: &dyn Source, offset: u64, count: usize) -> Result
     Ok(bytes)
 }
 
+/// Fails if two tables, each with offset and length in bytes, lie upon each other: a small file could
+/// then describe a huge disk, by naming one table over and over.
+pub(crate) fn check_tables_apart(tables: &mut [(u64, u32)]) -> Result<()> {
+    tables.sort_unstable();
+    let overlap = |pair: &&[(u64, u32)]| pair[0].0 + u64::from(pair[0].1) > pair[1].0;
+    match tables.windows(2).find(overlap) {
+        None => Ok(()),
+        Some(pair) => Err(broken(format!(
+            "a table of the image is named twice, or two lie upon each other: offset={}",
+            pair[1].0
+        ))),
+    }
+}
+
 /// Bytes of one page.
 const PAGE: u64 = 4096;
 /// Pages kept: 1 MiB.

@@ -521,7 +521,9 @@ impl Library {
                 let mut open = |name: &str| self.open_extent(&image.spot, name, &mut Vec::new());
                 let qcow2 = Qcow2::open(source, &mut open)?;
                 let snapshots = qcow2.snapshots()?;
-                Box::new(qcow2.at_snapshot(snapshots.get(*number).ok_or_else(changed)?))
+                let snapshot = snapshots.get(*number).ok_or_else(changed)?;
+                qcow2.check_snapshot(snapshot)?;
+                Box::new(qcow2.at_snapshot(snapshot))
             }
             What::Member(number, _) => {
                 let archive = ova::Ova::open(source)?;

@@ -6,7 +6,8 @@
 //! Invariants:
 //!
 //! 1. What a table points to lies within the file; otherwise reading it is an error, never zeros.
-//! 2. A compressed cluster unpacks to one cluster, whatever it claims.
+//! 2. No table of the second level belongs to two places of one disk.
+//! 3. A compressed cluster unpacks to one cluster, whatever it claims.
 
 use std::io::Read;
 use std::sync::Arc;
@@ -16,7 +17,8 @@ use flate2::read::DeflateDecoder;
 mod header;
 mod v1;
 
-use super::source::{check_range, read_vec};
+use super::bytes::be64;
+use super::source::{check_range, check_tables_apart, read_vec};
 use super::{Content, Facts, Format, Layer, Opener, Pages, ParentRef, Run, Source, broken};
 use crate::error::Result;
 use crate::units::SECTOR_SIZE;
@@ -96,13 +98,37 @@ impl Qcow2 {
             parent,
             notes: header.notes.clone(),
         };
-        Ok(Self {
+        let qcow2 = Self {
             facts,
             l1: header.l1,
             pages: Pages::new(source),
             header,
             sources,
-        })
+        };
+        qcow2.check_tables(qcow2.l1, qcow2.header.l1_entries)?;
+        Ok(qcow2)
+    }
+
+    /// I2.
+    fn check_tables(&self, l1: u64, entries: u64) -> Result<()> {
+        let mut tables = Vec::new();
+        let mut at = 0;
+        while at < entries {
+            let count = (entries - at).min(128 * 1024);
+            let part = read_vec(&*self.sources[0], l1 + at * 8, count as usize * 8)?;
+            let offsets = part.chunks_exact(8).map(|raw| be64(raw, 0) & OFFSET);
+            tables.extend(offsets.filter(|at| *at > 0).map(|at| (at, 512)));
+            at += count;
+        }
+        check_tables_apart(&mut tables)
+    }
+
+    /// Fails if the tables of a snapshot are not fit to be read.
+    ///
+    /// # Errors
+    /// `Corrupt`; `Io`.
+    pub fn check_snapshot(&self, snapshot: &Snapshot) -> Result<()> {
+        self.check_tables(snapshot.l1, snapshot.l1_entries)
     }
 
     /// The snapshots that the image holds.
@@ -176,6 +202,35 @@ impl Qcow2 {
             return Ok(Cluster::Absent);
         }
         Ok(Cluster::At(host))
+    }
+
+    /// How many clusters behind that of `offset`, at most `most`, have the same entry in the same
+    /// table. A table that is a hole is not read.
+    fn equals(&self, offset: u64, most: u64) -> Result<u64> {
+        let index = offset >> self.header.cluster_bits;
+        let per_table = self.header.l2_entries();
+        let table = self.aligned(self.pages.u64_be(self.l1 + index / per_table * 8)?)?;
+        let width: usize = if self.header.extended { 16 } else { 8 };
+        let at = table + index % per_table * width as u64;
+        let most = most.min(per_table - 1 - index % per_table);
+        let (mut first, mut next) = ([0; 16], [0; 16]);
+        self.pages.read(at, &mut first[..width])?;
+        let mut count = 0;
+        if first == [0; 16] && most > 0 {
+            let (there, len) = self.sources[0].data(at, (most + 1) * width as u64)?;
+            if !there {
+                count = (len / width as u64).saturating_sub(1).min(most);
+            }
+        }
+        while count < most {
+            self.pages
+                .read(at + (count + 1) * width as u64, &mut next[..width])?;
+            if next != first {
+                break;
+            }
+            count += 1;
+        }
+        Ok(count)
     }
 
     /// True if host offset 0 is a place: in a data file, where nothing else begins.
@@ -279,9 +334,14 @@ impl Layer for Qcow2 {
                 at: host + inside,
             })
         };
-        let (len, content) = match self.cluster(offset)? {
+        let (mut len, content) = match self.cluster(offset)? {
             Cluster::Absent => (most, Content::Absent),
-            Cluster::NoTable(count) => (wanted.min(count * size - inside), Content::Absent),
+            Cluster::NoTable(count) => {
+                return Ok(Run {
+                    len: wanted.min(count * size - inside),
+                    content: Content::Absent,
+                });
+            }
             Cluster::Zero => (most, Content::Zero),
             Cluster::Packed(_) => (most, Content::Packed),
             Cluster::At(host) => (most, place(host, most)?),
@@ -298,9 +358,18 @@ impl Layer for Qcow2 {
                     (_, true) => Content::Zero,
                     _ => Content::Absent,
                 };
+                let alike = there == 0 && matches!(zero, 0 | u32::MAX);
+                if !alike {
+                    return Ok(Run { len, content });
+                }
                 (len, content)
             }
         };
+        let empty = matches!(content, Content::Absent | Content::Zero);
+        if empty && len == size - inside && len < wanted {
+            let more = self.equals(offset, (wanted - len).div_ceil(size))?;
+            len = wanted.min(len + more * size);
+        }
         Ok(Run { len, content })
     }
 
@@ -327,5 +396,57 @@ impl Layer for Qcow2 {
             done += run.len as usize;
         }
         Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const CLUSTER: usize = 512;
+
+    /// Version 2 with clusters of 512 bytes: one table of the first level, with these entries.
+    fn open(l1: &[u64]) -> Result<Qcow2> {
+        let mut bytes = vec![0; 8 * CLUSTER];
+        let size = (l1.len() * 64 * CLUSTER) as u64;
+        bytes[..4].copy_from_slice(&MAGIC);
+        bytes[7] = 2;
+        bytes[23] = 9;
+        bytes[24..32].copy_from_slice(&size.to_be_bytes());
+        bytes[39] = l1.len() as u8;
+        bytes[40..48].copy_from_slice(&(CLUSTER as u64).to_be_bytes());
+        for (i, entry) in l1.iter().enumerate() {
+            bytes[CLUSTER + i * 8..][..8].copy_from_slice(&entry.to_be_bytes());
+        }
+        // One cluster, in the middle of the first table.
+        bytes[2 * CLUSTER + 9 * 8..][..8].copy_from_slice(&(4 * CLUSTER as u64).to_be_bytes());
+        Qcow2::open(Arc::new(bytes), &mut |_| {
+            Err(broken("it has no other file"))
+        })
+    }
+
+    #[test]
+    fn a_table_that_is_named_twice_is_refused() {
+        let (a, b) = (2 * CLUSTER as u64, 3 * CLUSTER as u64);
+        assert!(open(&[a, 0, b, 0]).is_ok());
+        for l1 in [&[a, b, a][..], &[a, COPIED | a]] {
+            let error = open(l1).unwrap_err().to_string();
+            assert!(error.contains("named twice"), "{error}");
+        }
+    }
+
+    #[test]
+    fn equal_neighbours_are_one_run() {
+        let disk = open(&[2 * CLUSTER as u64, 3 * CLUSTER as u64]).unwrap();
+        let cluster = CLUSTER as u64;
+        let run = |at: u64, most: u64| disk.run(at, most).unwrap();
+        assert_eq!(run(100, u64::MAX).len, 9 * cluster - 100);
+        assert_eq!(run(0, 700).len, 700);
+        assert_eq!(run(0, 700).content, Content::Absent);
+        let data = run(9 * cluster, u64::MAX);
+        assert!(matches!(data.content, Content::Data { at, .. } if at == 4 * cluster));
+        assert_eq!(data.len, cluster);
+        assert_eq!(run(10 * cluster, u64::MAX).len, 54 * cluster);
+        assert_eq!(run(64 * cluster, u64::MAX).len, 64 * cluster);
     }
 }

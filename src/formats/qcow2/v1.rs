@@ -16,7 +16,7 @@ use flate2::read::DeflateDecoder;
 use super::header::MAGIC;
 use crate::error::Result;
 use crate::formats::bytes::{be32, be64};
-use crate::formats::source::{check_range, read_vec};
+use crate::formats::source::{check_range, check_tables_apart, read_vec};
 use crate::formats::{
     Content, Facts, Format, Layer, Pages, ParentRef, Run, Source, broken, unsupported,
 };
@@ -72,6 +72,15 @@ impl Qcow1 {
             )));
         }
         check_range(source.len(), l1, entries * 8)?;
+        let mut tables = Vec::new();
+        for raw in read_vec(&*source, l1, entries as usize * 8)?.chunks_exact(8) {
+            let table = be64(raw, 0);
+            if table > 0 {
+                // The offset must leave room for the table, or reading it fails.
+                tables.push((table.min(source.len()), 8 << l2_bits));
+            }
+        }
+        check_tables_apart(&mut tables)?;
         let parent = match (be64(&header, 8), be32(&header, 16)) {
             (0, _) => None,
             (_, len) if len > NAME_MAX => {

@@ -6,12 +6,14 @@
 //! Invariants:
 //!
 //! 1. All tables were checked when it was opened: they and the grains lie within the file.
+//! 2. No table belongs to two places of the extent.
+//! 2. No table belongs to two places.
 
 use std::sync::Arc;
 
 use super::sparse::Grain;
 use crate::error::Result;
-use crate::formats::source::{check_range, read_vec};
+use crate::formats::source::{check_range, check_tables_apart, read_vec};
 use crate::formats::{Pages, Source, broken, unsupported};
 use crate::ondisk::{get_u32, get_u64};
 
@@ -166,6 +168,7 @@ impl Esx {
 
     /// I1.
     fn check_tables(&self, tables: u64) -> Result<()> {
+        self.check_apart(tables)?;
         for i in 0..tables {
             let Some(at) = self.table(i)? else { continue };
             let count = (self.grains() - i * TABLE).min(TABLE);
@@ -177,6 +180,22 @@ impl Esx {
             }
         }
         Ok(())
+    }
+
+    /// I2.
+    fn check_apart(&self, tables: u64) -> Result<()> {
+        let width = match self.kind {
+            Kind::Cowd => 4,
+            Kind::SeSparse { .. } => 8,
+        };
+        let mut found = Vec::new();
+        for i in 0..tables {
+            if let Some(at) = self.table(i)? {
+                let count = (self.grains() - i * TABLE).min(TABLE);
+                found.push((at, count as u32 * width));
+            }
+        }
+        check_tables_apart(&mut found)
     }
 
     /// The entry of grain `index` in the table at `table`, checked.

@@ -38,12 +38,12 @@ pub(crate) fn is_extent(bytes: &[u8]) -> bool {
     bytes.starts_with(&esx::COWD) || bytes.len() >= 16 && get_u64(bytes, 0) == esx::SESPARSE
 }
 
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 enum Body {
     /// Offset in bytes of its first sector in its file.
     Flat(u64),
-    Sparse(Sparse),
-    Esx(Esx),
+    Sparse(Arc<Sparse>),
+    Esx(Arc<Esx>),
     Zero,
 }
 
@@ -93,6 +93,8 @@ impl Vmdk {
         let text = read_vec(&*source, 0, source.len() as usize)?;
         let descriptor = Descriptor::parse(&text)?;
         let (mut sources, mut opened) = (Vec::new(), HashMap::<String, usize>::new());
+        // Tables are checked once, however many lines name their file.
+        let mut shared = HashMap::<usize, Body>::new();
         let (mut extents, mut start, mut notes) = (Vec::new(), 0, Vec::new());
         for line in &descriptor.extents {
             let index = if line.kind == ExtentKind::Zero {
@@ -107,7 +109,14 @@ impl Vmdk {
             let body = match line.kind {
                 ExtentKind::Zero => Body::Zero,
                 ExtentKind::Flat => Body::Flat(line.offset * SECTOR),
-                ExtentKind::Sparse => open_sparse(sources[index].clone(), &mut notes)?,
+                ExtentKind::Sparse => match shared.get(&index) {
+                    Some(body) => body.clone(),
+                    None => {
+                        let body = open_sparse(sources[index].clone(), &mut notes)?;
+                        shared.insert(index, body.clone());
+                        body
+                    }
+                },
             };
             let len = line.sectors * SECTOR;
             check_extent(&body, sources.get(index), len, &line.name)?;
@@ -146,7 +155,7 @@ impl Vmdk {
             start: 0,
             len: sparse.capacity * SECTOR,
             source: 0,
-            body: Body::Sparse(sparse),
+            body: Body::Sparse(Arc::new(sparse)),
         };
         Self::put_together(&descriptor, vec![extent], vec![source], notes)
     }
@@ -223,11 +232,11 @@ fn open_sparse(source: Arc<dyn Source>, notes: &mut Vec<String>) -> Result<Body>
     if head.starts_with(&sparse::MAGIC) {
         let sparse = Sparse::open(source)?;
         notes.extend(sparse.notes.iter().cloned());
-        Ok(Body::Sparse(sparse))
+        Ok(Body::Sparse(Arc::new(sparse)))
     } else if head.starts_with(&esx::COWD) {
-        Esx::open_cowd(source).map(Body::Esx)
+        Esx::open_cowd(source).map(|esx| Body::Esx(Arc::new(esx)))
     } else if head.len() == 16 && get_u64(&head, 0) == esx::SESPARSE {
-        Esx::open_sesparse(source).map(Body::Esx)
+        Esx::open_sesparse(source).map(|esx| Body::Esx(Arc::new(esx)))
     } else {
         Err(broken("a sparse extent does not begin like one"))
     }

@@ -8,6 +8,7 @@
 //! 1. All tables were checked when it was opened: they and the grains lie within the file and
 //!    behind the header.
 //! 2. A compressed grain unpacks to at most one grain, whatever it claims.
+//! 3. No table belongs to two places of the extent.
 
 use std::io::Read;
 use std::sync::Arc;
@@ -16,7 +17,7 @@ use flate2::read::ZlibDecoder;
 
 use super::descriptor::EMBEDDED_MAX;
 use crate::error::Result;
-use crate::formats::source::{check_range, read_vec};
+use crate::formats::source::{check_range, check_tables_apart, read_vec};
 use crate::formats::{Pages, Source, broken, unsupported};
 use crate::ondisk::{get_u16, get_u32, get_u64};
 
@@ -159,6 +160,7 @@ impl Sparse {
 
     /// I1.
     fn check_tables(&self) -> Result<()> {
+        self.check_apart()?;
         let len = self.source.len();
         let size = self.capacity * SECTOR;
         let first = (self.descriptor.0 + self.descriptor.1).max(HEADER_LEN as u64);
@@ -190,6 +192,18 @@ impl Sparse {
             }
         }
         Ok(())
+    }
+
+    /// I3.
+    fn check_apart(&self) -> Result<()> {
+        let mut found = Vec::new();
+        for i in 0..self.grains().div_ceil(TABLE) {
+            let sector = self.pages.u32_le(self.directory + i * 4)?;
+            if sector > 0 {
+                found.push((u64::from(sector) * SECTOR, self.entries(i) as u32 * 4));
+            }
+        }
+        check_tables_apart(&mut found)
     }
 
     /// Where grain `index` is.
