@@ -7,9 +7,11 @@
 //! Invariants:
 //!
 //! 1. Memory is bounded by the length of the log, which is at most [`LOG_MAX`].
-//! 2. Replay writes neither to the headers nor to the log: an image that asks for it is refused.
+//! 2. Time is as well: entries that lie upon each other are decoded up to [`DECODED_MAX`] times the
+//!    length of the log, and zeroed ranges are merged.
+//! 3. Replay writes neither to the headers nor to the log: an image that asks for it is refused.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use crate::error::Result;
@@ -21,6 +23,9 @@ use crate::ondisk::{crc32c, get_u32, get_u64};
 const PAGE: u64 = 4096;
 /// Longest log that is replayed: 64 MiB. Products make 1 MiB to 32 MiB.
 const LOG_MAX: u64 = 64 << 20;
+/// Bytes that are decoded, in lengths of the log. Entries of one pass through the ring do not
+/// overlap, and what older passes left is no more than that again.
+const DECODED_MAX: u64 = 4;
 /// Bytes of the header of an entry, and of each of its descriptors.
 const ENTRY_HEADER: usize = 64;
 const DESCRIPTOR: usize = 32;
@@ -65,8 +70,8 @@ enum Change {
 pub(super) struct Replayed {
     base: Arc<dyn Source>,
     len: u64,
-    pages: HashMap<u64, Box<[u8; PAGE as usize]>>,
-    /// Zeroed ranges: begin and end.
+    pages: BTreeMap<u64, Box<[u8; PAGE as usize]>>,
+    /// Zeroed ranges: begin and end. None touches another.
     zeros: BTreeMap<u64, u64>,
 }
 
@@ -104,7 +109,7 @@ pub(super) fn replay(base: Arc<dyn Source>, log: Log) -> Result<Replayed> {
     let mut replayed = Replayed {
         len: base.len().max(last),
         base,
-        pages: HashMap::new(),
+        pages: BTreeMap::new(),
         zeros: BTreeMap::new(),
     };
     for change in active.into_iter().flat_map(|entry| entry.changes) {
@@ -126,8 +131,9 @@ fn around(ring: &[u8], at: u64, len: usize) -> Vec<u8> {
 fn active(ring: &[u8], log: &Log) -> Result<Option<Vec<Entry>>> {
     // Decoded once each; runs are then followed by position.
     let mut entries: BTreeMap<u64, Entry> = BTreeMap::new();
+    let mut budget = log.len * DECODED_MAX;
     for at in (0..log.len).step_by(PAGE as usize) {
-        if let Some(entry) = decode(ring, at, log) {
+        if let Some(entry) = decode(ring, at, log, &mut budget)? {
             entries.insert(at, entry);
         }
     }
@@ -165,8 +171,8 @@ fn active(ring: &[u8], log: &Log) -> Result<Option<Vec<Entry>>> {
     }))
 }
 
-/// The entry at `at`, if it is whole and of this log.
-fn decode(ring: &[u8], at: u64, log: &Log) -> Option<Entry> {
+/// The entry at `at`, if it is whole and of this log. Takes what it reads from `budget`.
+fn decode(ring: &[u8], at: u64, log: &Log, budget: &mut u64) -> Result<Option<Entry>> {
     let head = around(ring, at, ENTRY_HEADER);
     let len = u64::from(get_u32(&head, 8));
     let tail = u64::from(get_u32(&head, 12));
@@ -181,9 +187,22 @@ fn decode(ring: &[u8], at: u64, log: &Log) -> Option<Entry> {
         && seq > 0
         && count <= len / DESCRIPTOR as u64;
     if !sane {
-        return None;
+        return Ok(None);
     }
+    let Some(rest) = budget.checked_sub(len) else {
+        return Err(broken(
+            "the entries of the log lie upon each other, more than any product leaves them",
+        ));
+    };
+    *budget = rest;
+    Ok(decode_whole(ring, at, len))
+}
+
+/// The entry at `at`, whose header makes sense, if the rest of it does.
+fn decode_whole(ring: &[u8], at: u64, len: u64) -> Option<Entry> {
     let mut whole = around(ring, at, len as usize);
+    let tail = u64::from(get_u32(&whole, 12));
+    let (seq, count) = (get_u64(&whole, 16), u64::from(get_u32(&whole, 24)));
     let crc = get_u32(&whole, 4);
     whole[4..8].fill(0);
     if crc32c(&whole) != crc {
@@ -229,8 +248,8 @@ fn decode(ring: &[u8], at: u64, log: &Log) -> Option<Entry> {
         len,
         tail,
         seq,
-        flushed: get_u64(&head, 48),
-        last: get_u64(&head, 56),
+        flushed: get_u64(&whole, 48),
+        last: get_u64(&whole, 56),
         changes,
     })
 }
@@ -257,17 +276,34 @@ impl Replayed {
                 self.pages.insert(at, page);
             }
             Change::Zero { .. } => {
-                self.pages.retain(|page, _| *page < at || *page >= end);
-                let known = self.zeros.entry(at).or_insert(end);
-                *known = end.max(*known);
+                let covered: Vec<u64> = self.pages.range(at..end).map(|(at, _)| *at).collect();
+                for page in covered {
+                    self.pages.remove(&page);
+                }
+                self.zero(at, end);
             }
         }
         Ok(())
     }
 
+    /// Adds a zeroed range, as one with those that it touches.
+    fn zero(&mut self, at: u64, end: u64) {
+        let (mut from, mut to) = (at, end);
+        while let Some((begin, until)) = self.zeros.range(..=to).next_back() {
+            let (begin, until) = (*begin, *until);
+            if until < from {
+                break;
+            }
+            self.zeros.remove(&begin);
+            (from, to) = (from.min(begin), to.max(until));
+        }
+        self.zeros.insert(from, to);
+    }
+
     /// True if the log zeroed the page at `at`.
     fn zeroed(&self, at: u64) -> bool {
-        self.zeros.range(..=at).any(|(_, end)| *end > at)
+        let last = self.zeros.range(..=at).next_back();
+        last.is_some_and(|(_, end)| *end > at)
     }
 }
 
@@ -345,5 +381,43 @@ mod tests {
             put(&mut ring, 0, 4096, last, &[]);
             assert_eq!(replayed(&ring).is_ok(), fits, "{last}");
         }
+    }
+
+    #[test]
+    fn entries_upon_each_other_are_given_up() {
+        let mut ring = vec![0; 1 << 20];
+        for at in (0..ring.len() / 2).step_by(PAGE as usize) {
+            let len = ring.len() / 2;
+            put(&mut ring, at, len, 4 << 20, &[]);
+        }
+        let error = replayed(&ring).unwrap_err();
+        assert!(error.to_string().contains("upon each other"), "{error}");
+    }
+
+    #[test]
+    fn zeroed_ranges_are_merged() {
+        let mib = 1 << 20;
+        let page = |i: u64| (2 * mib + i * PAGE, PAGE);
+        let mut zeros: Vec<_> = (0..100).map(|i| page(i * 37 % 100)).collect();
+        zeros.extend([
+            (3 * mib, 3 * PAGE),
+            (3 * mib, PAGE),
+            page(600),
+            (3 * mib, 0),
+        ]);
+        let mut ring = vec![0; mib as usize];
+        put(&mut ring, 0, 8192, 4 << 20, &zeros);
+        let replayed = replayed(&ring).unwrap();
+        let ranges: Vec<_> = replayed.zeros.iter().map(|(a, b)| (*a, *b)).collect();
+        let wanted = [
+            (2 * mib, 2 * mib + 100 * PAGE),
+            (3 * mib, 3 * mib + 3 * PAGE),
+            (page(600).0, page(601).0),
+        ];
+        assert_eq!(ranges, wanted);
+        assert!(replayed.zeroed(3 * mib + 2 * PAGE) && !replayed.zeroed(3 * mib + 3 * PAGE));
+        let mut byte = [1];
+        replayed.read_at(2 * mib + 50 * PAGE, &mut byte).unwrap();
+        assert_eq!(byte, [0]);
     }
 }
