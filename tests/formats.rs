@@ -375,6 +375,22 @@ fn a_table_of_a_vmdk_that_is_named_twice_is_refused() {
 }
 
 #[test]
+fn a_second_name_of_a_file_is_told() {
+    let home = tempfile::tempdir().unwrap();
+    write(home.path(), "a", Kind::Vhd, &Disk::base(1), None);
+    fs::hard_link(home.path().join("a.vhd"), home.path().join("b.vhd")).unwrap();
+    let mut library = Library::new();
+    for _ in 0..2 {
+        library.add_tree(home.path(), Path::new("")).unwrap();
+    }
+    let [image] = library.images() else {
+        panic!("{:?}", library.images());
+    };
+    let told = |note: &&String| note.contains("b.vhd is the same file");
+    assert!(image.facts.notes.iter().any(|note| told(&note)));
+}
+
+#[test]
 fn samples() {
     let Some(dir) = std::env::var_os("NODUPE_SAMPLES") else {
         eprintln!("samples of real products: NOT RUN: NODUPE_SAMPLES names none");

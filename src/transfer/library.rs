@@ -307,6 +307,7 @@ impl Library {
         };
         if let Some(index) = self.loaded.get(&(id, Some(format))) {
             let index = *index;
+            self.tell_link(index, spot, place);
             self.want(index, place);
             return Ok(Some(index));
         }
@@ -340,6 +341,19 @@ impl Library {
         self.add_snapshots(index, snapshots);
         self.want(index, claimed.as_deref());
         Ok(Some(index))
+    }
+
+    /// Says of an image that is wanted under a second name that it is imported under the first.
+    fn tell_link(&mut self, index: usize, spot: &Spot, place: Option<&Path>) {
+        let also = self.roots.show(spot);
+        let Some(image) = self.images.get(index) else {
+            return;
+        };
+        if place.is_some() && image.wanted && self.roots.show(&image.spot) != also {
+            let name = also.display();
+            let note = format!("{name} is the same file: it is imported once, under this name");
+            self.images[index].facts.notes.push(note);
+        }
     }
 
     /// Finds out which files are parts of others. What a guest wrote into an extent may look like an
@@ -465,7 +479,8 @@ impl Library {
         place: &Path,
     ) -> Result<()> {
         let id = file_id(metadata);
-        if self.loaded.contains_key(&(id, None)) {
+        if let Some(index) = self.loaded.get(&(id, None)) {
+            self.tell_link(*index, spot, Some(place));
             return Ok(());
         }
         let archive = ova::Ova::open(source)?;
