@@ -391,6 +391,17 @@ fn a_second_name_of_a_file_is_told() {
 }
 
 #[test]
+fn an_archive_that_is_named_raw_is_raw() {
+    let home = tempfile::tempdir().unwrap();
+    let path = home.path().join("x.ova");
+    let mut bytes = vec![0; 4096];
+    bytes[257..262].copy_from_slice(b"ustar");
+    fs::write(&path, &bytes).unwrap();
+    assert!(disk(&path, None).is_err());
+    assert_eq!(disk(&path, Some(Format::Raw)).unwrap().size(), 4096);
+}
+
+#[test]
 fn samples() {
     let Some(dir) = std::env::var_os("NODUPE_SAMPLES") else {
         eprintln!("samples of real products: NOT RUN: NODUPE_SAMPLES names none");

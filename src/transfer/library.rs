@@ -296,6 +296,7 @@ impl Library {
         let id = file_id(&metadata);
         let source: Arc<dyn Source> = Arc::new(FileSource::new(file)?);
         if let Some(place) = place
+            && !matches!(choice, Choice::Exactly(_))
             && is_archive(&*source, spot)?
         {
             self.load_archive(spot, &metadata, source, place)?;
