@@ -11,7 +11,8 @@ use std::collections::HashSet;
 use std::fmt::Display;
 use std::path::Path;
 
-use super::library::{Choice, Library, Parent, What};
+use super::library::{Library, Parent, What};
+use super::looks::Choice;
 use crate::error::{Error, Kind, Result};
 use crate::formats::chain::Chain;
 use crate::formats::{Format, Identity, ParentRef};

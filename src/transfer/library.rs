@@ -12,10 +12,10 @@ use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
+use super::looks::{Choice, choose, extents, is_archive, open_member};
 use super::roots::{FileId, Roots, Spot, file_id};
 use crate::error::{Error, Kind, Result};
 use crate::formats::qcow2::Qcow2;
-use crate::formats::source::read_vec;
 use crate::formats::{Facts, FileSource, Format, Layer, Source, ova, probe};
 
 /// Most entries of a directory tree.
@@ -84,19 +84,6 @@ pub struct Trouble {
     id: FileId,
     /// It looks like no image, and nobody said what it is.
     plain: bool,
-}
-
-/// How the format of a file is found out.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Choice {
-    /// By contents and name.
-    Probe,
-    /// As [`Probe`](Self::Probe), in a tree, where most files are no images.
-    Scan,
-    /// By contents and name, of a file that a child names without its format.
-    Backing,
-    /// It is known.
-    Exactly(Format),
 }
 
 /// Images and what was found out about them.
@@ -360,33 +347,7 @@ impl Library {
     /// Finds out which files are parts of others. What a guest wrote into an extent may look like an
     /// image, which must become no disk of its own; nor may such an image make others its extents.
     pub(super) fn settle_extents(&mut self) {
-        let mut owners: HashMap<FileId, HashSet<FileId>> = HashMap::new();
-        let mut parts: HashMap<FileId, Vec<FileId>> = HashMap::new();
-        for (owner, part) in &self.named {
-            if owners.entry(*part).or_default().insert(*owner) {
-                parts.entry(*owner).or_default().push(*part);
-            }
-        }
-        let mut whole: Vec<FileId> = parts.keys().copied().collect();
-        whole.retain(|id| !owners.contains_key(id));
-        self.extents.clear();
-        while let Some(owner) = whole.pop() {
-            for part in parts.remove(&owner).unwrap_or_default() {
-                if !self.extents.insert(part) {
-                    continue;
-                }
-                // What it names itself counts no more.
-                for other in parts.remove(&part).unwrap_or_default() {
-                    let rest = owners.entry(other).or_default();
-                    rest.remove(&part);
-                    if rest.is_empty() && !self.extents.contains(&other) {
-                        whole.push(other);
-                    }
-                }
-            }
-        }
-        // Those that name each other: which is the whole, nobody can tell.
-        self.extents.extend(parts.into_values().flatten());
+        self.extents = extents(&self.named);
         for image in &mut self.images {
             let suspect = image.facts.format != Format::Raw && !image.chosen;
             if suspect && self.extents.contains(&image.id) && !image.is_extent {
@@ -619,75 +580,3 @@ impl Library {
 
 /// An open image, and the names and facts of its snapshots.
 type Opened = (Box<dyn Layer>, Result<Vec<(String, Facts)>>);
-
-fn is_archive(source: &dyn Source, spot: &Spot) -> Result<bool> {
-    let head = read_vec(source, 0, source.len().min(512) as usize)?;
-    Ok(ova::is_archive(&head) && spot.extension().is_some_and(|e| e == "ova"))
-}
-
-/// A disk in an archive is whole, and of a format that says so.
-fn open_member(archive: &ova::Ova, number: usize) -> Result<Box<dyn Layer>> {
-    let source = archive.disk(number)?;
-    let format = probe::probe(&*source)?;
-    let name = &archive.disks()[number].name;
-    if format == Format::Raw {
-        return Err(Error::new(
-            Kind::Unsupported,
-            format!("a disk in the archive is of no known format: {name:?}"),
-        ));
-    }
-    let layer = probe::open(source, format, &mut |other| {
-        Err(Error::new(
-            Kind::Denied,
-            format!("a disk in the archive asks for a file outside: {other:?}"),
-        ))
-    })?;
-    if layer.facts().parent.is_some() {
-        return Err(Error::new(
-            Kind::Unsupported,
-            format!("a disk in the archive has a parent: {name:?}"),
-        ));
-    }
-    Ok(layer)
-}
-
-/// The format of a file; `None` if it is no image.
-fn choose(
-    source: &dyn Source,
-    spot: &Spot,
-    choice: Choice,
-    device: bool,
-) -> Result<Option<Format>> {
-    let extension = spot.extension();
-    let extension = extension.as_deref();
-    match choice {
-        Choice::Exactly(format) => Ok(Some(format)),
-        Choice::Probe if device => probe::choose_device(source).map(Some),
-        Choice::Probe => probe::choose(source, extension).map(Some),
-        Choice::Scan => {
-            let named = extension.and_then(Format::named);
-            // Change tracking of VMware has the extension of disks and is none.
-            let name = spot.path().to_string_lossy();
-            if named.is_none() && probe::probe(source)? == Format::Raw
-                || name.ends_with("-ctk.vmdk")
-            {
-                return Ok(None);
-            }
-            probe::choose(source, extension).map(Some)
-        }
-        Choice::Backing => {
-            let found = probe::probe_named(source, extension)?;
-            if found == Format::Raw || extension.and_then(Format::named) == Some(found) {
-                return Ok(Some(found));
-            }
-            Err(Error::new(
-                Kind::Invalid,
-                format!(
-                    "{} looks like {found}, which a guest may have written, and its child does \
-                     not say: record the format in the child (qemu-img rebase -u -F)",
-                    spot.path().display()
-                ),
-            ))
-        }
-    }
-}

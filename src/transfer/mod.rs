@@ -6,6 +6,7 @@
 mod family;
 mod fill;
 mod library;
+mod looks;
 mod names;
 mod roots;
 mod twins;
