@@ -402,7 +402,7 @@ mod tests {
         zeros.extend([
             (3 * mib, 3 * PAGE),
             (3 * mib, PAGE),
-            page(600),
+            page(400),
             (3 * mib, 0),
         ]);
         let mut ring = vec![0; mib as usize];
@@ -412,7 +412,7 @@ mod tests {
         let wanted = [
             (2 * mib, 2 * mib + 100 * PAGE),
             (3 * mib, 3 * mib + 3 * PAGE),
-            (page(600).0, page(601).0),
+            (page(400).0, page(401).0),
         ];
         assert_eq!(ranges, wanted);
         assert!(replayed.zeroed(3 * mib + 2 * PAGE) && !replayed.zeroed(3 * mib + 3 * PAGE));
