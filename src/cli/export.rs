@@ -63,6 +63,9 @@ pub(super) struct Export {
     /// Write only the differences from this image
     #[arg(long, value_name = "GOLD")]
     backing: Option<PathBuf>,
+    /// Format of GOLD, instead of looking at it
+    #[arg(long, value_name = "FORMAT", requires = "backing")]
+    backing_from: Option<String>,
     /// With --backing: the exported image of GOLD, which DST will name as its parent
     #[arg(long, value_name = "FILE", requires = "backing")]
     parent: Option<PathBuf>,
@@ -207,7 +210,12 @@ fn against(
     let cannot = |path: &Path, error: &Error| {
         Failure::new(format!("cannot compare with {}", show(path))).because(error)
     };
-    let right = Image::open(gold, None).map_err(|error| cannot(gold, &error))?;
+    let from = convert::named(args.backing_from.as_deref())?;
+    let right = Image::open(gold, from).map_err(|error| match error.kind() {
+        // The error itself names --from, which is of SRC.
+        Kind::Invalid => cannot(gold, &error).hint("of this one: --backing-from FORMAT"),
+        _ => cannot(gold, &error),
+    })?;
     let holes = |source: &_, range| right.data(source, range);
     let held = Held {
         chain: &right.chain,

@@ -11,8 +11,8 @@ use std::path::Path;
 
 use nodupe::control::{self, Request, Response};
 use nodupe::error::{Error, Kind, Result};
+use nodupe::formats::FileSource;
 use nodupe::formats::layout::{Ids, renew};
-use nodupe::formats::{FileSource, Format, probe};
 use nodupe::sys;
 
 use super::image;
@@ -32,9 +32,16 @@ pub(super) fn clone(src: &Path, dir: &Path, name: &str, preserve: bool) -> Resul
         ));
     }
     let bytes = FileSource::new(source)?;
-    let format = match image::by_name(src) {
-        Some(Format::Raw) => Format::Raw,
-        _ => probe::probe(&bytes)?,
+    // What a guest wrote must not decide which bytes are changed.
+    let format = match image::choose(&bytes, src) {
+        Err(error) if error.kind() == Kind::Invalid => {
+            return Err(Error::new(
+                Kind::Invalid,
+                "the name of the image and its contents disagree about the format: make another \
+                 image with nodupe convert --from FORMAT, which copies no data either",
+            ));
+        }
+        format => format?,
     };
     // Refused before anything is made.
     renew(&bytes, format, &Ids::random()?)?;
