@@ -1,7 +1,6 @@
 //! `nodupe export`: an image of any format, outside of the pool.
 
 use std::cell::Cell;
-use std::collections::HashMap;
 use std::fs::{self, File};
 use std::io::{self, IsTerminal, Write};
 use std::os::unix::fs::FileExt;
@@ -316,7 +315,7 @@ impl Job<'_> {
             job: self,
             out,
             at: 0,
-            leads: HashMap::new(),
+            lead: None,
         };
         file.emit(plan.size, &mut sink)?;
         sink.fill_to(file.len)?;
@@ -494,8 +493,8 @@ struct InOrder<'a> {
     job: &'a Job<'a>,
     out: &'a mut dyn Write,
     at: u64,
-    /// Blocks that may be repeated.
-    leads: HashMap<u64, Vec<u8>>,
+    /// The newest piece of one block, which may be repeated.
+    lead: Option<(u64, Vec<u8>)>,
 }
 
 impl InOrder<'_> {
@@ -521,20 +520,22 @@ impl InOrder<'_> {
 
 impl Sink for InOrder<'_> {
     fn bytes(&mut self, at: u64, bytes: &[u8]) -> nodupe::error::Result<()> {
-        if bytes.len() == BLOCK_SIZE && self.leads.is_empty() {
-            self.leads.insert(at, bytes.to_vec());
+        if bytes.len() == BLOCK_SIZE {
+            self.lead = Some((at, bytes.to_vec()));
         }
         self.put(at, bytes)
     }
 
     fn repeat(&mut self, at: u64, from: u64, _: u64) -> nodupe::error::Result<()> {
-        let Some(bytes) = self.leads.get(&from).cloned() else {
+        let Some((_, bytes)) = self.lead.take_if(|(lead, _)| *lead == from) else {
             return Err(Error::new(
                 Kind::Unsupported,
                 "this image is not written in order: export it to a file",
             ));
         };
-        self.put(at, &bytes)
+        let outcome = self.put(at, &bytes);
+        self.lead = Some((from, bytes));
+        outcome
     }
 
     fn payload(&mut self, at: u64, disk: u64, len: u64) -> nodupe::error::Result<()> {
