@@ -1,7 +1,7 @@
 //! `nodupe export`: an image of any format, outside of the pool.
 
 use std::cell::Cell;
-use std::fs::{self, File};
+use std::fs::File;
 use std::io::{self, IsTerminal, Write};
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
@@ -24,6 +24,7 @@ use super::differ;
 use super::failure::{Failure, Result};
 use super::image::{self, Image};
 use super::output::{Output, show};
+use super::parts::Parts;
 use super::size;
 
 const EXAMPLE: &str = "\
@@ -391,50 +392,6 @@ impl Job<'_> {
 
     fn count(&self, bytes: usize) {
         self.written.set(self.written.get() + bytes as u64);
-    }
-}
-
-/// New files: hidden until all are there, gone if that fails.
-#[derive(Default)]
-struct Parts {
-    made: std::cell::RefCell<Vec<(PathBuf, PathBuf)>>,
-}
-
-impl Parts {
-    fn create(&self, path: &Path) -> nodupe::error::Result<File> {
-        if fs::symlink_metadata(path).is_ok() {
-            return Err(Error::new(
-                Kind::Exists,
-                format!("{} exists: remove it first", show(path)),
-            ));
-        }
-        let name = path.file_name().unwrap_or_default().to_string_lossy();
-        let hidden = path.with_file_name(format!(".{name}.{}.part", std::process::id()));
-        let file = File::options()
-            .read(true)
-            .write(true)
-            .create_new(true)
-            .open(&hidden)
-            .map_err(|error| Error::io(format!("cannot make {}", show(path)), error))?;
-        self.made.borrow_mut().push((hidden, path.to_path_buf()));
-        Ok(file)
-    }
-
-    fn publish(&self) -> nodupe::error::Result<()> {
-        for (hidden, path) in self.made.take() {
-            fs::rename(&hidden, &path)
-                .map_err(|error| Error::io(format!("cannot make {}", show(&path)), error))?;
-        }
-        Ok(())
-    }
-}
-
-impl Drop for Parts {
-    fn drop(&mut self) {
-        for (hidden, _) in self.made.take() {
-            // Whatever went wrong is told already.
-            drop(fs::remove_file(hidden));
-        }
     }
 }
 
