@@ -21,7 +21,7 @@ use nodupe::control::{self, Look, Request, Response, Token};
 use nodupe::error::{Error, Kind, Result};
 use nodupe::formats::chain::Chain;
 use nodupe::formats::{FileSource, Format, Layer, Source, probe};
-use nodupe::sys::block;
+use nodupe::sys::{block, files};
 use nodupe::units::BLOCK_SIZE;
 
 const B: u64 = BLOCK_SIZE as u64;
@@ -220,15 +220,18 @@ fn layer(path: &Path, choice: Choice, files: &mut Vec<ImageFile>) -> Result<Box<
 impl ImageFile {
     fn open(path: &Path) -> Result<Self> {
         let failed = |error| Error::io(format!("cannot open {}", path.display()), error);
-        let before = std::fs::symlink_metadata(path).map_err(failed)?;
-        if !before.is_file() {
-            return Err(Error::new(
-                Kind::Invalid,
-                format!("{} is no regular file", path.display()),
-            ));
-        }
-        let file = File::open(path).map_err(failed)?;
+        let no_file = || {
+            let what = format!("{} is no regular file", path.display());
+            Error::new(Kind::Invalid, what)
+        };
+        let file = files::open_itself(path).map_err(|error| match files::leads_out(&error) {
+            true => no_file(), // a link
+            false => failed(error),
+        })?;
         let metadata = file.metadata().map_err(failed)?;
+        if !metadata.is_file() {
+            return Err(no_file());
+        }
         let source = Arc::new(FileSource::new(file.try_clone().map_err(failed)?)?);
         let mut opened = Self {
             device: metadata.dev(),
@@ -428,5 +431,17 @@ mod tests {
         assert!(told.contains("rebase"), "{told}");
         fs::write(&gold, vec![0; 1 << 20]).unwrap();
         assert_eq!(Image::open(&path, None).unwrap().chain.layers().len(), 2);
+    }
+    #[test]
+    fn an_image_names_neither_a_link_nor_a_directory() {
+        let dir = tempfile::tempdir().unwrap();
+        let (file, link) = (dir.path().join("a"), dir.path().join("b"));
+        fs::write(&file, "x").unwrap();
+        std::os::unix::fs::symlink(&file, &link).unwrap();
+        assert!(ImageFile::open(&file).is_ok());
+        for path in [link.as_path(), dir.path()] {
+            let told = ImageFile::open(path).unwrap_err().to_string();
+            assert!(told.contains("no regular file"), "{told}");
+        }
     }
 }
