@@ -222,16 +222,18 @@ fn against(
         holes: &holes,
     };
     let facts = right.chain.layers()[0].facts().clone();
+    let size = source.1.chain.size();
     let (path, facts) = match &args.parent {
         None => (gold.to_path_buf(), facts),
         Some(path) => {
             let parent = Image::open(path, None).map_err(|error| cannot(path, &error))?;
-            let given = parent.chain.layers()[0].facts().clone();
-            if given.size < facts.size {
+            let why = unlike(&parent, facts.size, size).map_err(|error| cannot(path, &error))?;
+            if let Some(why) = why {
                 return Err(Failure::new(format!("{} is no parent", show(path)))
-                    .why(format!("it is smaller than {}", show(gold))));
+                    .why(format!("{why} {}", show(gold)))
+                    .hint("give the image that was exported from it"));
             }
-            (path.clone(), given)
+            (path.clone(), parent.chain.layers()[0].facts().clone())
         }
     };
     if shape.format() != Format::Qcow2 && facts.format != shape.format() {
@@ -249,16 +251,57 @@ fn against(
     }
     let found =
         differ::differences(source, (&right, &held)).map_err(|error| cannot(gold, &error))?;
-    let name = path.file_name().unwrap_or_default().to_string_lossy();
+    let name = parent_name(&path, &args.dst, shape).map_err(|error| cannot(&path, &error))?;
     Ok((
         Parent {
-            name: name.into_owned(),
+            name,
             absolute: None,
             identity: facts.identity,
             format: facts.format,
         },
         found,
     ))
+}
+
+/// What tells that an image, as far as a child of `child` bytes sees it, is not the one of `size`
+/// bytes that the child was compared with.
+fn unlike(parent: &Image, size: u64, child: u64) -> nodupe::error::Result<Option<&'static str>> {
+    let found = parent.chain.size();
+    if found < size {
+        return Ok(Some("it is smaller than"));
+    }
+    let holes = |source: &_, range| parent.data(source, range);
+    let held = Held {
+        chain: &parent.chain,
+        holes: &holes,
+    };
+    let (from, to) = (size.next_multiple_of(BLOCK_SIZE as u64), found.min(child));
+    let more = from < to && held.piece(from, to)?.is_some();
+    Ok(more.then_some("it has data behind the end of"))
+}
+
+/// What an image at `dst` calls its parent: relative to itself, if that is beside or below it.
+fn parent_name(path: &Path, dst: &Path, shape: Shape) -> nodupe::error::Result<String> {
+    let failed = |error| Error::io("cannot tell where it is", error);
+    let path = path.canonicalize().map_err(failed)?;
+    let base = PathBuf::from(path.file_name().unwrap_or_default());
+    let name = if dst.as_os_str() == "-" {
+        base // it may go anywhere
+    } else {
+        let dir = match dst.parent() {
+            Some(dir) if !dir.as_os_str().is_empty() => dir,
+            _ => Path::new("."),
+        };
+        let dir = dir.canonicalize().map_err(failed)?;
+        match path.strip_prefix(&dir) {
+            Ok(relative) => relative.to_path_buf(),
+            Err(_) if matches!(shape.format(), Format::Qcow2 | Format::Vmdk) => path,
+            // Absolute names are those of Windows there; the id leads to the parent.
+            Err(_) => base,
+        }
+    };
+    let name = name.into_os_string().into_string();
+    name.map_err(|_| Error::new(Kind::Invalid, "its name is not UTF-8"))
 }
 
 /// Bytes that a map tells.
@@ -500,5 +543,43 @@ impl Sink for InOrder<'_> {
         job.read(disk, len, &mut |part, bytes| {
             self.put(at + (part - disk), bytes)
         })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_parent_is_named_so_that_it_is_found() {
+        let root = tempfile::tempdir().unwrap();
+        let root = root.path().canonicalize().unwrap();
+        std::fs::create_dir_all(root.join("vms/old")).unwrap();
+        let name = |parent: &str, shape| {
+            let path = root.join(parent);
+            std::fs::write(&path, "").unwrap();
+            parent_name(&path, &root.join("vms/vm.x"), shape).unwrap()
+        };
+        for shape in [Shape::Qcow2, Shape::VhdDynamic] {
+            assert_eq!(name("vms/gold", shape), "gold");
+            assert_eq!(name("vms/old/gold", shape), "old/gold");
+        }
+        let absolute = root.join("gold").into_os_string().into_string().unwrap();
+        assert_eq!(name("gold", Shape::Qcow2), absolute);
+        assert_eq!(name("gold", Shape::VhdxDynamic), "gold");
+    }
+
+    #[test]
+    fn a_parent_with_more_data_is_none() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("a.raw");
+        std::fs::write(&path, vec![1; 3 * BLOCK_SIZE]).unwrap();
+        let image = Image::open(&path, None).unwrap();
+        let block = BLOCK_SIZE as u64;
+        let unlike = |size, child| unlike(&image, size, child).unwrap();
+        assert_eq!(unlike(3 * block, 5 * block), None);
+        assert!(unlike(4 * block, 5 * block).is_some());
+        assert!(unlike(2 * block, 5 * block).is_some());
+        assert_eq!(unlike(2 * block, 2 * block), None, "the child ends before");
     }
 }
