@@ -136,6 +136,13 @@ fn a_dynamic_vhd_of_any_size_goes_to_standard_output() {
         chain.read(at, &mut bytes).unwrap();
         assert_eq!(bytes, [byte; 512], "{at}");
     }
+    // What is odd about an image is told to whoever makes another one of it.
+    let told = export(&to, &outside.path().join("whole.vdi"), &[]);
+    assert_eq!(told["advice"].as_array().map(Vec::len), Some(0), "{told}");
+    let file = File::options().write(true).open(&to).unwrap();
+    file.set_len(to.metadata().unwrap().len() - 512).unwrap();
+    let told = export(&to, &outside.path().join("cut.vdi"), &[]);
+    assert_eq!(told["advice"].as_array().map(Vec::len), Some(1), "{told}");
 }
 
 #[test]

@@ -138,15 +138,14 @@ pub(super) fn run(args: &Export, output: Output) -> Result<()> {
     };
     bar.finish_and_clear();
     done.map_err(|error| failed(&error))?;
-    for note in convert::advice(&image, &spec) {
-        output.note(&note);
-    }
-    tell(args, output, &job, begun);
+    let advice = convert::advice(&image, &spec);
+    advice.iter().for_each(|note| output.note(note));
+    tell(args, output, &job, (&advice, begun));
     Ok(())
 }
 
 /// Says what was done.
-fn tell(args: &Export, output: Output, job: &Job<'_>, begun: Instant) {
+fn tell(args: &Export, output: Output, job: &Job<'_>, (advice, begun): (&[String], Instant)) {
     if args.json {
         output.json(json!({
             "source": show(&args.src),
@@ -155,6 +154,7 @@ fn tell(args: &Export, output: Output, job: &Job<'_>, begun: Instant) {
             "size": job.spec.size,
             "data_bytes": job.total,
             "written_bytes": job.written.get(),
+            "advice": advice,
             "seconds": begun.elapsed().as_secs_f64(),
         }));
     } else if args.dst.as_os_str() != "-" {
