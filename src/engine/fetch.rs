@@ -11,6 +11,7 @@
 //! 4. Without a queue of the device everything happens on the thread of the caller, in an order
 //!    that does not depend on time.
 //! 5. A block that cannot be read is an error for those who want this block, and for nobody else.
+//! 6. Memory that was used before is never shown: what nobody fills is zeros.
 
 use std::io;
 use std::ops::{Deref, Range};
@@ -326,8 +327,16 @@ impl Desk {
             Memory::Heap(bytes) => bytes,
             Memory::None | Memory::Page(_) => &mut [],
         };
-        let known = parts.iter().map(|(piece, _)| piece.wants.len());
-        if (pages.len() + known.sum::<usize>()) as u64 != blocks {
+        // I6: counting would not do, as a damaged map may name a block twice.
+        let mut known = vec![false; blocks as usize];
+        let wants = parts.iter().flat_map(|(piece, _)| &piece.wants);
+        let wants = wants.map(|want| want.at);
+        for at in wants.chain(pages.iter().map(|(at, _)| *at)) {
+            if let Some(known) = known.get_mut(at.wrapping_sub(first) as usize) {
+                *known = true;
+            }
+        }
+        if known.contains(&false) {
             target.fill(0); // there are holes
         }
         for (at, page) in &pages {
@@ -528,4 +537,27 @@ fn check_sum<'a>(counters: &Counters, want: &Want, bytes: &'a [u8]) -> Result<&'
         want.at.saturating_mul(B),
         want.block
     )))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_block_that_is_named_twice_shows_nothing_of_old_buffers_elsewhere() {
+        let desk = Desk {
+            cache: Arc::new(BlockCache::new(16)),
+            buffers: BouncePool::default(),
+            counters: Arc::default(),
+            busy: AtomicUsize::new(0),
+            used: ranked::mutex(8, 0),
+            freed: Condvar::new(),
+        };
+        desk.buffers.take(2 * BLOCK_SIZE).fill(0xaa);
+        let page = Arc::new([1; BLOCK_SIZE]);
+        let pages = vec![(5, Some(Arc::clone(&page))), (5, Some(page))];
+        let read = desk.assemble(&(5 * B..7 * B), pages, Vec::new());
+        assert!(read[..BLOCK_SIZE] == [1; BLOCK_SIZE]);
+        assert!(read[BLOCK_SIZE..] == [0; BLOCK_SIZE]);
+    }
 }
