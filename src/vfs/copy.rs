@@ -11,7 +11,7 @@
 
 use std::sync::atomic::Ordering;
 
-use super::caller::{Access, Caller};
+use super::caller::Caller;
 use super::inodes::Inode;
 use super::{HandleId, Vfs, check_range};
 use crate::engine::Share;
@@ -70,7 +70,7 @@ impl Vfs {
             .clone_range(src, src_offset, dst, dst_offset, len, Time::now())
     }
 
-    /// Shares ranges of blocks of `src` with `dst`, which the caller may write.
+    /// Shares ranges of blocks of `src` with `dst`, which is open for writing.
     ///
     /// # Errors
     /// `Denied`; as [`Pool::share_ranges`](crate::engine::Pool::share_ranges).
@@ -82,11 +82,11 @@ impl Vfs {
         ranges: &[Share],
     ) -> Result<()> {
         self.check_writable()?;
-        // How it was opened is not known here; who may open it for writing may write.
-        if !caller.may(Access::Write, &self.pool.attr(dst)?) {
+        let flags = self.handle_flags(dst_handle, dst);
+        if !flags.write {
             return Err(Error::new(
                 Kind::Denied,
-                "the destination is not writable for the caller",
+                "the destination is not open for writing: open it so",
             ));
         }
         let to = self.opened(dst_handle, dst);
