@@ -70,7 +70,8 @@ impl Vfs {
             .clone_range(src, src_offset, dst, dst_offset, len, Time::now())
     }
 
-    /// Shares ranges of blocks of `src` with `dst`, which is open for writing.
+    /// Shares ranges of blocks of `src` with `dst`, which is open for writing. By a handle
+    /// whose changes are durable before they are answered they are.
     ///
     /// # Errors
     /// `Denied`; as [`Pool::share_ranges`](crate::engine::Pool::share_ranges).
@@ -96,7 +97,8 @@ impl Vfs {
             self.end_pin(&from)?;
         }
         self.end_pin(&to)?;
-        self.pool.share_ranges(src, dst, ranges, Time::now())
+        self.pool.share_ranges(src, dst, ranges, Time::now())?;
+        if flags.sync { self.pool.sync() } else { Ok(()) }
     }
 
     /// Ends the clone in pieces that is made of `inode`, if there is one.

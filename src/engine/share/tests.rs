@@ -183,3 +183,27 @@ fn a_share_that_finds_no_room_for_its_nodes_does_not_poison() {
     assert_eq!(extents(&pool, dst), each * times);
     pool.close().expect("the device is sound");
 }
+
+#[test]
+fn what_was_shared_before_an_error_changes_the_times() {
+    let (_device, pool) = new_pool(24 * MIB);
+    let src = aged(&pool, "src", 4);
+    let dst = file(&pool, "dst", 8);
+    let share = |block| Share {
+        block,
+        dst_block: block,
+        count: 2,
+    };
+    let time = |secs| Time { secs, nanos: 0 };
+    let mtime = || pool.attr(dst).expect("it is there").mtime;
+    let error = pool
+        .share_ranges(src, dst, &[share(8), share(0)], time(1))
+        .expect_err("the first lies outside");
+    assert_eq!(error.kind(), Kind::Invalid, "{error}");
+    assert_eq!((extents(&pool, dst), mtime()), (0, Time::default()));
+    let error = pool
+        .share_ranges(src, dst, &[share(0), share(8)], time(2))
+        .expect_err("the second lies outside");
+    assert_eq!(error.kind(), Kind::Invalid, "{error}");
+    assert_eq!((extents(&pool, dst), mtime()), (1, time(2)));
+}
