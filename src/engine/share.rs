@@ -8,9 +8,11 @@
 //! 2. Nothing is read of the device but tree nodes, once both files have their blocks in place.
 //! 3. A step has room for the nodes that it changes before it begins: it never ends half way.
 
+use std::collections::BTreeMap;
 use std::ops::ControlFlow;
 
 use crate::error::{Error, Kind, Result};
+use crate::ondisk::extent::Extent;
 use crate::ondisk::inode::FLAG_PINNED;
 use crate::ondisk::record::Record;
 use crate::units::{BLOCK_SIZE, Ino, Time};
@@ -199,10 +201,11 @@ impl Pool {
         Ok(join(differing(&left, &right, next).into_iter(), next, most))
     }
 
-    /// Extents of a file, and up to which block these are all.
+    /// Extents of a file, and up to which block these are all. Staged blocks get their places
+    /// first, unless nothing may be written: then they look like lost ones.
     fn look(&self, ino: Ino, from: u64, to: u64) -> Result<(Vec<Mapped>, u64)> {
         let _gate = self.gate.read();
-        {
+        if self.check_writable().is_ok() {
             let _owned = self.own_file(ino);
             self.destage_file(ino)?;
         }
@@ -220,7 +223,13 @@ impl Pool {
             Some(last) if parts.len() == LOOK => last.end(),
             _ => to,
         };
-        Ok((parts, next))
+        // Where nothing may be written, and what was written meanwhile: nothing tells what these
+        // blocks have in common with others.
+        let stage = self.stage.lock();
+        let staged = stage.file(ino).filter(|_| from < next);
+        let staged = staged.map(|file| file.range(from, next));
+        let staged = staged.into_iter().flat_map(BTreeMap::into_keys);
+        Ok((overlay(parts, staged), next))
     }
 }
 
@@ -268,6 +277,46 @@ fn check(same: bool, range: &Share, from: u64, to: u64) -> Result<()> {
         ));
     }
     Ok(())
+}
+
+/// What is mapped, with blocks that have no place yet, ascending, as lost ones.
+fn overlay(parts: Vec<Mapped>, staged: impl Iterator<Item = u64>) -> Vec<Mapped> {
+    let mut staged = staged.peekable();
+    let mut all = Vec::with_capacity(parts.len());
+    let lost = |at| Mapped {
+        at,
+        extent: Extent { block: 0, len: 1 },
+    };
+    for mut part in parts {
+        let mut left = true;
+        while let Some(block) = staged.next_if(|block| *block < part.end()) {
+            if block > part.at {
+                let len = (block - part.at) as u32;
+                let (at, extent) = (part.at, part.extent.head(len));
+                all.push(Mapped { at, extent });
+                part = Mapped {
+                    at: block,
+                    extent: part.extent.tail(len),
+                };
+            }
+            all.push(lost(block));
+            if block == part.at && part.extent.len == 1 {
+                left = false;
+                break;
+            }
+            if block == part.at {
+                part = Mapped {
+                    at: block + 1,
+                    extent: part.extent.tail(1),
+                };
+            }
+        }
+        if left {
+            all.push(part);
+        }
+    }
+    all.extend(staged.map(lost));
+    all
 }
 
 /// Joins what touches, and stops at `most` ranges.

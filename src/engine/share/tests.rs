@@ -5,7 +5,6 @@ use std::sync::Arc;
 use super::*;
 use crate::device::SimDevice;
 use crate::engine::{CreateOptions, FileKind, NewNode, OpenOptions};
-use crate::ondisk::extent::Extent;
 
 const MIB: u64 = 1024 * 1024;
 
@@ -206,4 +205,59 @@ fn what_was_shared_before_an_error_changes_the_times() {
         .expect_err("the second lies outside");
     assert_eq!(error.kind(), Kind::Invalid, "{error}");
     assert_eq!((extents(&pool, dst), mtime()), (1, time(2)));
+}
+
+#[test]
+fn staged_blocks_lie_over_mapped_ones() {
+    let parts = vec![mapped(2, 100, 4), mapped(8, 50, 1), mapped(9, 200, 2)];
+    let all = overlay(parts.clone(), [0, 3, 5, 8, 20].into_iter());
+    let lost = |at| mapped(at, 0, 1);
+    let expected = [
+        lost(0),
+        mapped(2, 100, 1),
+        lost(3),
+        mapped(4, 102, 1),
+        lost(5),
+        lost(8),
+        mapped(9, 200, 2),
+        lost(20),
+    ];
+    assert_eq!(all, expected);
+    assert_eq!(overlay(parts.clone(), std::iter::empty()), parts);
+}
+
+/// Looks at a file of 8 blocks with data in every second one, some of it staged.
+fn look_without_writing(device: &SimDevice, pool: &Pool, (src, dst): (Ino, Ino)) {
+    let before = device.counts().writes;
+    let told = pool.data_ranges(src, 0, 8, 9);
+    assert_eq!(
+        told.expect("it reads").ranges,
+        [(0, 1), (2, 1), (4, 1), (6, 1)]
+    );
+    let told = pool.differing_ranges((src, 0, 8), (dst, 0), 9);
+    assert_eq!(told.expect("it reads").ranges, [(6, 1)]);
+    assert_eq!(device.counts().writes, before, "nothing was written");
+}
+
+#[test]
+fn looking_writes_nothing_where_nothing_may_be_written() {
+    let (device, pool) = new_pool(24 * MIB);
+    let src = aged(&pool, "src", 4);
+    let dst = file(&pool, "dst", 0);
+    pool.clone_file(src, dst, Time::default())
+        .expect("there is room");
+    pool.checkpoint().expect("the device is sound");
+    pool.write(src, 6 * B, &[8; BLOCK_SIZE], Time::default())
+        .expect("there is room");
+    pool.sync().expect("the device is sound");
+    let crashed = Arc::new(device.crash(1));
+    let options = OpenOptions {
+        read_only: true,
+        cache_size: 4 * MIB,
+    };
+    let read_only = Pool::open(crashed.clone(), None, &options).expect("it opens");
+    look_without_writing(&crashed, &read_only, (src, dst));
+    assert_eq!(read_only.poisoned(), None);
+    pool.poison(&Error::new(Kind::Io, "the device failed"));
+    look_without_writing(&device, &pool, (src, dst));
 }
