@@ -18,8 +18,9 @@ mod mounts;
 mod pools;
 mod scrub;
 
-const VERBS: [&str; 10] = [
-    "create", "mount", "umount", "clone", "convert", "df", "export", "info", "check", "scrub",
+const VERBS: [&str; 13] = [
+    "create", "mount", "umount", "grow", "clone", "df", "info", "import", "inspect", "convert",
+    "export", "check", "scrub",
 ];
 
 /// Smallest pool, so that the tests are quick.
