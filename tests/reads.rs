@@ -36,6 +36,12 @@ struct Watched {
     reads: Arc<AtomicU64>,
     bytes: Arc<AtomicU64>,
     hook: Mutex<Option<Hook>>,
+    /// Address of a block that cannot be read.
+    bad: Arc<AtomicU64>,
+    /// Where the last read of the thread of a caller was.
+    last: AtomicU64,
+    /// Whoever holds it makes the reads of the queue wait.
+    gate: Arc<Mutex<()>>,
 }
 
 impl std::fmt::Debug for Watched {
@@ -44,26 +50,46 @@ impl std::fmt::Debug for Watched {
     }
 }
 
+fn check_bad(bad: &AtomicU64, addr: u64, len: usize) -> io::Result<()> {
+    if (addr..addr + len as u64).contains(&bad.load(Ordering::SeqCst)) {
+        return Err(io::Error::other("a block cannot be read"));
+    }
+    Ok(())
+}
+
 impl Watched {
     fn new(inner: Arc<dyn BlockDevice>, with_queue: bool) -> Arc<Self> {
+        let gap_max = inner.gap_max();
+        Arc::new(Self::with_gaps(inner, with_queue, gap_max))
+    }
+
+    fn with_gaps(inner: Arc<dyn BlockDevice>, with_queue: bool, gap_max: u64) -> Self {
         let (reads, bytes) = (Arc::<AtomicU64>::default(), Arc::<AtomicU64>::default());
+        let bad = Arc::new(AtomicU64::new(u64::MAX));
+        let gate = Arc::<Mutex<()>>::default();
         let queue = with_queue.then(|| {
+            let (bad, gate) = (bad.clone(), gate.clone());
             let (inner, reads, bytes) = (inner.clone(), reads.clone(), bytes.clone());
             let read = move |addr, buf: &mut [u8]| {
+                drop(gate.lock().expect("nobody panics inside"));
                 reads.fetch_add(1, Ordering::SeqCst);
                 bytes.fetch_add(buf.len() as u64, Ordering::SeqCst);
+                check_bad(&bad, addr, buf.len())?;
                 inner.read_at(addr, buf)
             };
             ReadQueue::threads(read).expect("threads can be made")
         });
-        Arc::new(Self {
-            gap_max: inner.gap_max(),
+        Self {
+            gap_max,
             inner,
             queue,
             reads,
             bytes,
             hook: Mutex::new(None),
-        })
+            bad,
+            last: AtomicU64::new(0),
+            gate,
+        }
     }
 
     fn counts(&self) -> (u64, u64) {
@@ -86,6 +112,8 @@ impl BlockDevice for Watched {
         }
         self.reads.fetch_add(1, Ordering::SeqCst);
         self.bytes.fetch_add(buf.len() as u64, Ordering::SeqCst);
+        self.last.store(addr, Ordering::SeqCst);
+        check_bad(&self.bad, addr, buf.len())?;
         self.inner.read_at(addr, buf)
     }
 
@@ -332,6 +360,94 @@ fn damage_reaches_nobody_who_waits_for_the_block() {
             .expect("the device is sound again");
         assert!(again == storm.bytes[at..at + BLOCK]);
     }
+}
+
+/// Where in the pool of `sim` a block of a file lies.
+fn place_of(sim: &Arc<dyn BlockDevice>, ino: Ino, block: usize) -> u64 {
+    let watched = Watched::new(sim.clone(), false);
+    let pool = open(watched.clone(), MIB);
+    pool.read(ino, (block * BLOCK) as u64, BLOCK, &mut Vec::new())
+        .expect("the device is sound");
+    watched.last.load(Ordering::SeqCst)
+}
+
+#[test]
+fn a_bad_block_in_a_gap_or_beside_is_an_error_of_nobody_else() {
+    let sim: Arc<dyn BlockDevice> = Arc::new(SimDevice::new(POOL, 1));
+    let (gold, bytes, ..) = fill(&sim);
+    let holey = {
+        let pool = open(sim.clone(), MIB);
+        let holey = create(&pool, "holey");
+        pool.clone_file(gold, holey, Time::default())
+            .expect("there is room");
+        pool.punch(holey, 40 * BLOCK as u64, BLOCK as u64, Time::default())
+            .expect("there is room");
+        pool.close().expect("the device is sound");
+        holey
+    };
+    let place = place_of(&sim, gold, 40);
+    for with_queue in [false, true] {
+        let watched = Arc::new(Watched::with_gaps(sim.clone(), with_queue, 8));
+        watched.bad.store(place, Ordering::SeqCst);
+        let pool = open(watched.clone(), MIB);
+        let read = |ino, from: usize, blocks: usize| {
+            let mut read = Vec::new();
+            let (at, len) = ((from * BLOCK) as u64, blocks * BLOCK);
+            pool.read(ino, at, len, &mut read).map(|()| read)
+        };
+        // The gap is read along. Nothing of a range as long as this stays in the cache.
+        let before = watched.counts();
+        let got = read(holey, 0, 200).expect("all of its blocks are sound");
+        assert!(watched.counts().1 - before.1 > 200 * BLOCK as u64);
+        let mut want = bytes[..200 * BLOCK].to_vec();
+        want[40 * BLOCK..41 * BLOCK].fill(0);
+        assert!(got == want);
+        let error = read(gold, 32, 16).expect_err("one of its blocks cannot be read");
+        assert_eq!(error.kind(), Kind::Io);
+        assert!(
+            read(gold, 32, 8).expect("its blocks are sound") == bytes[32 * BLOCK..][..8 * BLOCK]
+        );
+        pool.close().expect("the device is sound");
+    }
+}
+
+#[test]
+fn a_read_merged_with_one_ahead_that_fails_gets_its_own_block() {
+    let sim: Arc<dyn BlockDevice> = Arc::new(SimDevice::new(POOL, 1));
+    let (gold, bytes, ..) = fill(&sim);
+    let place = place_of(&sim, gold, 40);
+    let watched = Watched::new(sim, true);
+    watched.bad.store(place, Ordering::SeqCst);
+    let pool = open(watched.clone(), 16 * MIB);
+    let stream = Stream::default();
+    let (tell, told) = channel();
+    {
+        let _closed = watched.gate.lock().expect("nobody panics inside");
+        // Two requests in order, so that the blocks from the 32nd on are read ahead.
+        for at in [0, 16] {
+            pool.read_with(gold, at * BLOCK as u64, 16 * BLOCK, Some(&stream), |_| {});
+        }
+        let before = watched.counts();
+        for block in 32..64 {
+            let tell = tell.clone();
+            pool.read_with(gold, (block * BLOCK) as u64, BLOCK, None, move |read| {
+                let read = read.map(|bytes| bytes.to_vec());
+                tell.send((block, read)).expect("somebody listens");
+            });
+        }
+        assert_eq!(watched.counts(), before, "all of them are being read");
+    }
+    drop(tell);
+    let mut seen = 0;
+    for (block, read) in told {
+        seen += 1;
+        match read {
+            Ok(read) => assert!(read == bytes[block * BLOCK..][..BLOCK], "{block}"),
+            Err(error) => assert_eq!((block, error.kind()), (40, Kind::Io)),
+        }
+    }
+    assert_eq!(seen, 32, "each read is answered once");
+    pool.close().expect("the device is sound");
 }
 
 /// Reads a file in order by `step` bytes, with a stream.

@@ -26,7 +26,7 @@ const LAYERS: &[&[&str]] = &[
 
 /// Modules inside the engine, lowest first, by the same rule: structures, meanings, procedures.
 const ENGINE_LAYERS: &[&[&str]] = &[
-    &["types", "delta", "counters", "slots"],
+    &["types", "delta", "counters", "slots", "pieces"],
     &[
         "ahead",
         "nodes",
@@ -56,7 +56,8 @@ const ENGINE_LAYERS: &[&[&str]] = &[
         "file",
         "read",
     ],
-    &["range", "share", "names", "replay"],
+    &["share"],
+    &["range", "names", "replay"],
     &["clone_tree", "recover"],
     &["check", "scrub", "parts"],
     &["repair"],

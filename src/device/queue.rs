@@ -253,17 +253,51 @@ fn end(mut flight: Flight, read: Finished, file: &File) {
     flight.buffer.restore(read.memory);
     let outcome = match read.read {
         Ok(bytes) if bytes == flight.buffer.len() => Ok(()),
-        // A part of it, as any read may give, or a signal: the rest in the ordinary way.
+        // A part of it, as any read may give: the rest in the ordinary way.
         Ok(bytes) => file.read_exact_at(&mut flight.buffer[bytes..], flight.addr + bytes as u64),
-        Err(error)
-            if matches!(
-                error.kind(),
-                io::ErrorKind::Interrupted | io::ErrorKind::WouldBlock
-            ) =>
-        {
-            file.read_exact_at(&mut flight.buffer, flight.addr)
-        }
-        Err(error) => Err(error),
+        // A signal, memory that is short, something that only reads of rings run into, or the
+        // device: an ordinary read tells which.
+        Err(_) => file.read_exact_at(&mut flight.buffer, flight.addr),
     };
     (flight.done)(outcome, flight.buffer);
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::device::BouncePool;
+    use crate::units::BLOCK_SIZE;
+
+    /// A file of `blocks` blocks, each full of its own number.
+    fn file(blocks: u8) -> Arc<File> {
+        let file = tempfile::tempfile().expect("a file can be made");
+        let bytes: Vec<u8> = (0..blocks).flat_map(|block| [block; BLOCK_SIZE]).collect();
+        file.write_all_at(&bytes, 0).expect("there is room");
+        Arc::new(file)
+    }
+
+    #[test]
+    fn a_read_that_the_ring_gives_up_is_tried_once_more() {
+        let file = file(4);
+        for (addr, good) in [(2, true), (3, false)] {
+            let (tell, told) = mpsc::channel();
+            let mut buffer = BouncePool::default().take(2 * BLOCK_SIZE);
+            let memory = buffer.lend();
+            let flight = Flight {
+                addr: addr * BLOCK_SIZE as u64,
+                buffer,
+                done: Box::new(move |outcome, buffer| {
+                    tell.send((outcome, buffer.to_vec())).expect("it is heard");
+                }),
+            };
+            let read = Err(io::Error::other("the ring says no"));
+            let tag = 0;
+            end(flight, Finished { tag, memory, read }, &file);
+            let (outcome, bytes) = told.recv().expect("it is told");
+            assert_eq!(outcome.is_ok(), good, "{outcome:?}");
+            if good {
+                assert_eq!((bytes[0], bytes[BLOCK_SIZE]), (2, 3));
+            }
+        }
+    }
 }

@@ -10,9 +10,12 @@
 //!    room while others wait for its blocks.
 //! 4. Without a queue of the device everything happens on the thread of the caller, in an order
 //!    that does not depend on time.
+//! 5. A block that cannot be read is an error for those who want this block, and for nobody else.
+//! 6. Memory that was used before is never shown: what nobody fills is zeros.
 
+use std::io;
 use std::ops::{Deref, Range};
-use std::sync::Arc;
+use std::sync::{Arc, Weak};
 
 use crate::device::{BlockDevice, Bounce, BouncePool, QueuedRead};
 use crate::error::{Error, Result};
@@ -23,6 +26,7 @@ use crate::units::BLOCK_SIZE;
 
 use super::cache::{BlockCache, Look, Pin, Waiter};
 use super::counters::Counters;
+use super::pieces::{Piece, Want, pieces};
 
 const B: u64 = BLOCK_SIZE as u64;
 
@@ -32,17 +36,6 @@ const B: u64 = BLOCK_SIZE as u64;
 const ROOM: usize = 12 * 1024 * 1024; // 12 MiB
 /// What a request takes of it at least: the smallest buffer.
 const ROOM_MIN: usize = 16 * 1024; // 16 KiB
-
-/// A block that is wanted.
-#[derive(Clone, Copy, Debug)]
-pub(crate) struct Want {
-    /// Block of the file.
-    pub(crate) at: u64,
-    /// Block of the pool.
-    pub(crate) block: u64,
-    /// Checksum of its contents.
-    pub(crate) sum: u32,
-}
 
 /// A range of a file, with what is known of it.
 #[derive(Debug)]
@@ -99,39 +92,6 @@ impl Deref for ReadBytes {
         };
         &memory[self.range.clone()]
     }
-}
-
-/// Blocks that are read by one transfer, gaps between them included.
-#[derive(Debug)]
-struct Piece {
-    first: u64,
-    /// Blocks from the first wanted one to the last.
-    len: u64,
-    wants: Vec<Want>,
-}
-
-/// Joins wanted blocks, which are in order, to pieces of at most `len_max` blocks: neighbours, and
-/// what has at most `gap_max` blocks in between, as long as half of what is read is wanted.
-fn pieces(wants: Vec<Want>, gap_max: u64, len_max: u64) -> Vec<Piece> {
-    let mut pieces: Vec<Piece> = Vec::new();
-    for want in wants {
-        if let Some(last) = pieces.last_mut() {
-            let gap = want.block - (last.first + last.len);
-            let len = last.len + gap + 1;
-            let dense = gap == 0 || len <= 2 * (last.wants.len() as u64 + 1) + gap_max;
-            if gap <= gap_max && dense && len <= len_max {
-                last.len = len;
-                last.wants.push(want);
-                continue;
-            }
-        }
-        pieces.push(Piece {
-            first: want.block,
-            len: 1,
-            wants: vec![want],
-        });
-    }
-    pieces
 }
 
 /// Reads. See the module.
@@ -273,12 +233,16 @@ impl Fetcher {
         };
         let here = pieces.split_off(pieces.len() - here);
         if let (Some(queue), false) = (queue, pieces.is_empty()) {
-            queue.submit(pieces.into_iter().map(|piece| job.queued(piece)));
+            queue.submit(
+                pieces
+                    .into_iter()
+                    .map(|piece| job.queued(piece, &self.device)),
+            );
         }
         for piece in here {
             let mut buffer = desk.buffers.take(piece.len as usize * BLOCK_SIZE);
             let outcome = self.device.read_at(piece.first * B, &mut buffer);
-            job.arrived(piece, outcome, buffer);
+            job.arrived(piece, outcome, buffer, Some(&*self.device));
         }
         job.step();
     }
@@ -363,8 +327,16 @@ impl Desk {
             Memory::Heap(bytes) => bytes,
             Memory::None | Memory::Page(_) => &mut [],
         };
-        let known = parts.iter().map(|(piece, _)| piece.wants.len());
-        if (pages.len() + known.sum::<usize>()) as u64 != blocks {
+        // I6: counting would not do, as a damaged map may name a block twice.
+        let mut known = vec![false; blocks as usize];
+        let wants = parts.iter().flat_map(|(piece, _)| &piece.wants);
+        let wants = wants.map(|want| want.at);
+        for at in wants.chain(pages.iter().map(|(at, _)| *at)) {
+            if let Some(known) = known.get_mut(at.wrapping_sub(first) as usize) {
+                *known = true;
+            }
+        }
+        if known.contains(&false) {
             target.fill(0); // there are holes
         }
         for (at, page) in &pages {
@@ -389,12 +361,6 @@ impl Desk {
             memory,
             range: 0..len,
         }
-    }
-}
-
-impl Piece {
-    fn bytes<'a>(&self, bounce: &'a Bounce, want: &Want) -> &'a [u8] {
-        &bounce[(want.block - self.first) as usize * BLOCK_SIZE..][..BLOCK_SIZE]
     }
 }
 
@@ -454,30 +420,40 @@ impl Job {
         })
     }
 
-    fn queued(self: &Arc<Self>, piece: Piece) -> QueuedRead {
+    /// The read of a piece. It does not keep the device.
+    fn queued(self: &Arc<Self>, piece: Piece, device: &Arc<dyn BlockDevice>) -> QueuedRead {
         let job = Arc::clone(self);
+        let device: Weak<dyn BlockDevice> = Arc::downgrade(device);
         QueuedRead {
             addr: piece.first * B,
             buffer: self.desk.buffers.take(piece.len as usize * BLOCK_SIZE),
-            done: Box::new(move |outcome, buffer| job.arrived(piece, outcome, buffer)),
+            done: Box::new(move |outcome, buffer| {
+                let device = outcome.is_err().then(|| device.upgrade()).flatten();
+                job.arrived(piece, outcome, buffer, device.as_deref());
+            }),
         }
     }
 
     /// Checks what was read, and tells those who wait for it.
-    fn arrived(&self, piece: Piece, outcome: std::io::Result<()>, buffer: Bounce) {
-        let cache = &self.desk.cache;
-        if let Err(source) = outcome {
-            let what = format!("cannot read the pool: block={}", piece.first);
-            let error = Error::io(what, source);
-            for want in &piece.wants {
-                cache.loaded(want.block, Err(&error), false);
-            }
-            self.failed(error);
-            return self.step();
-        }
+    fn arrived(
+        &self,
+        piece: Piece,
+        outcome: io::Result<()>,
+        mut buffer: Bounce,
+        device: Option<&dyn BlockDevice>,
+    ) {
+        let unread = match outcome {
+            Ok(()) => Vec::new(),
+            Err(error) => read_singly(&piece, error, &mut buffer, device), // I5
+        };
+        let mut unread = unread.into_iter();
         let mut damage = None;
         for want in &piece.wants {
-            let checked = check_sum(&self.desk.counters, want, piece.bytes(&buffer, want));
+            let checked = match unread.next().flatten() {
+                Some(error) => Err(error),
+                None => check_sum(&self.desk.counters, want, piece.bytes(&buffer, want)),
+            };
+            let cache = &self.desk.cache;
             cache.loaded(want.block, checked.as_ref().copied(), self.keep);
             if let Err(error) = checked {
                 damage.get_or_insert(error);
@@ -523,6 +499,31 @@ impl Job {
     }
 }
 
+/// Reads the blocks of a piece that could not be read as a whole one by one. Returns what is wrong
+/// with each, in their order: a neighbour may be, or one in a gap between them.
+fn read_singly(
+    piece: &Piece,
+    error: io::Error,
+    buffer: &mut [u8],
+    device: Option<&dyn BlockDevice>,
+) -> Vec<Option<Error>> {
+    let told = |block: u64, source| {
+        let what = format!("cannot read the pool: block={block}");
+        Error::io(what, source)
+    };
+    let Some(device) = device.filter(|_| piece.len > 1) else {
+        let error = told(piece.first, error);
+        let wants = piece.wants.iter();
+        return wants.map(|_| Some(error.duplicate())).collect();
+    };
+    let mut unread = Vec::with_capacity(piece.wants.len());
+    for want in &piece.wants {
+        let outcome = device.read_at(want.block * B, &mut buffer[piece.place(want)]);
+        unread.push(outcome.err().map(|source| told(want.block, source)));
+    }
+    unread
+}
+
 /// I1. The bytes are a whole block.
 fn check_sum<'a>(counters: &Counters, want: &Want, bytes: &'a [u8]) -> Result<&'a Page> {
     if crc32c(bytes) == want.sum
@@ -542,30 +543,21 @@ fn check_sum<'a>(counters: &Counters, want: &Want, bytes: &'a [u8]) -> Result<&'
 mod tests {
     use super::*;
 
-    fn joined(blocks: &[u64], gap_max: u64, len_max: u64) -> Vec<(u64, u64, usize)> {
-        let wants = blocks.iter().map(|&block| Want {
-            at: 0,
-            block,
-            sum: 0,
-        });
-        pieces(wants.collect(), gap_max, len_max)
-            .iter()
-            .map(|piece| (piece.first, piece.len, piece.wants.len()))
-            .collect()
-    }
-
     #[test]
-    fn neighbours_become_one_transfer() {
-        assert_eq!(joined(&[5, 6, 7, 9], 0, 256), [(5, 3, 3), (9, 1, 1)]);
-        assert_eq!(joined(&[5, 6, 7, 8], 0, 2), [(5, 2, 2), (7, 2, 2)]);
-        assert_eq!(joined(&[], 8, 256), []);
-    }
-
-    #[test]
-    fn small_gaps_are_read_along_while_half_is_wanted() {
-        assert_eq!(joined(&[5, 6, 10, 20], 4, 256), [(5, 6, 3), (20, 1, 1)]);
-        let sparse: Vec<u64> = (0..100).map(|i| i * 5).collect();
-        let read: u64 = joined(&sparse, 4, 256).iter().map(|piece| piece.1).sum();
-        assert!(read <= 3 * 100, "{read}");
+    fn a_block_that_is_named_twice_shows_nothing_of_old_buffers_elsewhere() {
+        let desk = Desk {
+            cache: Arc::new(BlockCache::new(16)),
+            buffers: BouncePool::default(),
+            counters: Arc::default(),
+            busy: AtomicUsize::new(0),
+            used: ranked::mutex(8, 0),
+            freed: Condvar::new(),
+        };
+        desk.buffers.take(2 * BLOCK_SIZE).fill(0xaa);
+        let page = Arc::new([1; BLOCK_SIZE]);
+        let pages = vec![(5, Some(Arc::clone(&page))), (5, Some(page))];
+        let read = desk.assemble(&(5 * B..7 * B), pages, Vec::new());
+        assert!(read[..BLOCK_SIZE] == [1; BLOCK_SIZE]);
+        assert!(read[BLOCK_SIZE..] == [0; BLOCK_SIZE]);
     }
 }

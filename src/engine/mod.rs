@@ -5,7 +5,7 @@
 //!
 //! - structures: `nodes` (clean tree nodes), `delta` (changed reference counts), `counters` (how
 //!   much is free and promised), `slots` (superblocks), `space` (free blocks), `refusals` (of the
-//!   host), `cache` (data blocks), `fetch` (reads them), `ahead` (streams),
+//!   host), `cache` (data blocks), `pieces` (transfers), `fetch` (reads them), `ahead` (streams),
 //!   `waiters` (of a
 //!   group commit), `heartbeat` (no second host), `syncs` (of the device), `meta` (the trees and their
 //!   dirty nodes), `tree` (the B+tree);
@@ -41,6 +41,7 @@ mod namespace;
 mod nodes;
 #[cfg(feature = "shuttle")]
 pub mod parts;
+mod pieces;
 mod pool;
 mod range;
 mod read;

@@ -22,9 +22,10 @@ use crate::units::{BLOCK_SIZE, Ino};
 use super::ahead::Stream;
 use super::apply::blocks_of;
 use super::cache::Pin;
-use super::fetch::{Done, How, ReadBytes, Request, Want};
+use super::fetch::{Done, How, ReadBytes, Request};
 use super::meta::Meta;
 use super::nodes;
+use super::pieces::Want;
 use super::pool::Pool;
 use super::stage::{FileAttr, Staged};
 
