@@ -54,7 +54,9 @@ impl Parts {
     }
 
     fn publish_all(&self, published: &mut Vec<PathBuf>) -> Result<()> {
-        while let Some((hidden, path)) = self.made.borrow().first().cloned() {
+        loop {
+            let next = self.made.borrow().first().cloned();
+            let Some((hidden, path)) = next else { break };
             files::rename_new(&hidden, &path).map_err(|error| match error.kind() {
                 io::ErrorKind::AlreadyExists => exists(&path),
                 _ => failed(&path, error),
