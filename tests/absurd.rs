@@ -115,6 +115,7 @@ fn call(vfs: &Vfs, rng: &mut SplitMix64, handles: &mut Vec<HandleId>) {
         12 => {
             let flags = OpenFlags {
                 read: true,
+                write: true,
                 sync: false,
                 cached: rng.chance(50),
             };

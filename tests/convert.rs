@@ -6,8 +6,8 @@
 mod datastore;
 mod images;
 
-use std::fs::{self, File};
-use std::os::unix::fs::FileExt;
+use std::fs::{self, File, Permissions};
+use std::os::unix::fs::{FileExt, PermissionsExt};
 use std::path::Path;
 use std::process::{Command, Stdio};
 use std::time::Duration;
@@ -227,10 +227,13 @@ fn a_new_image_has_new_ids_unless_they_are_kept() {
         let image = dir.join(format!("gold.{extension}"));
         convert(&raw, &image, &["--subformat", kind]);
         let name = dir.join(format!("vm-{{}}.{extension}"));
+        fs::set_permissions(&image, Permissions::from_mode(0o444)).unwrap();
         run(nodupe()
             .args(["clone", "--new-identity", "--count", "2"])
             .args([&image, &name]));
         let clones = [1, 2].map(|i| dir.join(format!("vm-{i}.{extension}")));
+        let mode = fs::metadata(&clones[0]).unwrap().permissions().mode();
+        assert_eq!(mode & 0o7777, 0o444);
         let ids = [&image, &clones[0], &clones[1]].map(|path| identity(path));
         assert!(ids[0] != ids[1] && ids[1] != ids[2] && ids[0] != ids[2]);
         let format = match extension {
@@ -240,6 +243,16 @@ fn a_new_image_has_new_ids_unless_they_are_kept() {
         };
         assert!(contents(&clones[1], format) == bytes, "{extension}");
     }
+    // All or none, if a name is taken.
+    fs::remove_file(dir.join("vm-1.vhd")).unwrap();
+    let output = nodupe()
+        .args(["clone", "--new-identity", "--count", "2"])
+        .args([&dir.join("gold.vhd"), &dir.join("vm-{}.vhd")])
+        .output()
+        .unwrap();
+    let told = String::from_utf8_lossy(&output.stderr);
+    assert!(told.contains("nothing was made"), "{told}");
+    assert!(!dir.join("vm-1.vhd").exists());
     let output = nodupe()
         .args(["clone", "--new-identity"])
         .args([&raw, &dir.join("x.raw")])

@@ -10,10 +10,12 @@ use std::fs::{self, File};
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::process::Stdio;
+use std::sync::Arc;
 
 use datastore::{Datastore, cannot_mount, nodupe, not_run, run};
 use images::{contents, disk, has_qemu, qemu_compares};
-use nodupe::formats::Format;
+use nodupe::formats::chain::Chain;
+use nodupe::formats::{FileSource, Format, Source, probe};
 use serde_json::Value;
 
 fn export(src: &Path, dst: &Path, more: &[&str]) -> Value {
@@ -108,6 +110,39 @@ fn what_is_written_in_order_goes_to_standard_output() {
         .output()
         .unwrap();
     assert!(!output.status.success(), "it is not written in order");
+}
+
+/// The head of a dynamic VHD of this size is one block of 4 KiB, as is what comes before the data.
+#[test]
+fn a_dynamic_vhd_of_any_size_goes_to_standard_output() {
+    let outside = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
+    let raw = outside.path().join("a.raw");
+    let file = File::create(&raw).unwrap();
+    file.set_len(1200 << 20).unwrap();
+    for at in [3_u64 << 20, 1000 << 20] {
+        file.write_all_at(&[7; 4096], at).unwrap();
+    }
+    let to = outside.path().join("a.vhd");
+    run(nodupe()
+        .arg("export")
+        .args([&raw, Path::new("-")])
+        .args(["--format", "vhd", "--subformat", "dynamic"])
+        .stdout(Stdio::from(File::create(&to).unwrap())));
+    let source: Arc<dyn Source> = Arc::new(FileSource::new(File::open(&to).unwrap()).unwrap());
+    let layer = probe::open(source, Format::Vhd, &mut |_| unreachable!()).unwrap();
+    let chain = Chain::new(vec![layer]);
+    for (at, byte) in [(3_u64 << 20, 7), ((3 << 20) + 4096, 0), (1000 << 20, 7)] {
+        let mut bytes = [1; 512];
+        chain.read(at, &mut bytes).unwrap();
+        assert_eq!(bytes, [byte; 512], "{at}");
+    }
+    // What is odd about an image is told to whoever makes another one of it.
+    let told = export(&to, &outside.path().join("whole.vdi"), &[]);
+    assert_eq!(told["advice"].as_array().map(Vec::len), Some(0), "{told}");
+    let file = File::options().write(true).open(&to).unwrap();
+    file.set_len(to.metadata().unwrap().len() - 512).unwrap();
+    let told = export(&to, &outside.path().join("cut.vdi"), &[]);
+    assert_eq!(told["advice"].as_array().map(Vec::len), Some(1), "{told}");
 }
 
 #[test]

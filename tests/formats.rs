@@ -217,6 +217,49 @@ fn what_lies_is_refused() {
     }
 }
 
+/// What an import of `home` would make, and what it could not, in words.
+fn found(home: &Path) -> (Vec<(String, Format)>, String) {
+    let mut library = Library::new();
+    library.add_tree(home, Path::new("")).unwrap();
+    library.resolve();
+    let images = library.images().iter().filter(|image| image.wanted);
+    let name = |image: &nodupe::transfer::Image| image.place.display().to_string();
+    let mut made: Vec<_> = images.map(|i| (name(i), i.facts.format)).collect();
+    made.sort_by(|a, b| a.0.cmp(&b.0));
+    let told = |t: &nodupe::transfer::Trouble| format!("{}: {}\n", t.path.display(), t.error);
+    let told = library.troubles().map(told).collect();
+    (made, told)
+}
+
+#[test]
+fn an_extent_that_looks_like_an_image_is_no_disk() {
+    let home = tempfile::tempdir().unwrap();
+    let dir = home.path();
+    write(dir, "a-flat", Kind::Vmdk, &Disk::base(1), None);
+    let len = fs::metadata(dir.join("a-flat.vmdk")).unwrap().len();
+    let text = |name: &str, sectors: u64| {
+        format!(
+            "# Disk DescriptorFile\nversion=1\nCID=00000001\nparentCID=ffffffff\n\
+             createType=\"monolithicFlat\"\nRW {sectors} FLAT \"{name}\" 0\n"
+        )
+    };
+    fs::write(dir.join("a.vmdk"), text("a-flat.vmdk", len / 512)).unwrap();
+    // An extent that claims another disk as its own.
+    write(dir, "victim", Kind::Vmdk, &Disk::base(2), None);
+    fs::write(
+        dir.join("b-flat.vmdk"),
+        text("victim.vmdk", 1) + &"#".repeat(512),
+    )
+    .unwrap();
+    fs::write(dir.join("b.vmdk"), text("b-flat.vmdk", 1)).unwrap();
+    let (made, told) = found(dir);
+    let wanted = ["a.vmdk", "b.vmdk", "victim.vmdk"];
+    assert_eq!(made, wanted.map(|name| (name.to_owned(), Format::Vmdk)));
+    for name in ["a-flat.vmdk: it looks like vmdk", "b-flat.vmdk: it looks"] {
+        assert!(told.contains(name), "{told}");
+    }
+}
+
 #[test]
 fn samples() {
     let Some(dir) = std::env::var_os("NODUPE_SAMPLES") else {

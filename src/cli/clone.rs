@@ -1,5 +1,6 @@
 //! `nodupe clone`: clones a file or a directory, once or many times, all or none.
 
+use std::ffi::OsStr;
 use std::io;
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
@@ -8,7 +9,7 @@ use std::time::{Duration, Instant};
 use clap::Args;
 use nodupe::control::{self, CLONES_MAX};
 use nodupe::engine::{FileKind, OpenOptions};
-use nodupe::error::Kind;
+use nodupe::error::{Error, Kind};
 use nodupe::sys::process;
 use nodupe::units::Time;
 use serde_json::json;
@@ -131,20 +132,41 @@ fn mounted(args: &Clone) -> Result<Made> {
     })?;
     let start = Instant::now();
     if args.new_identity {
-        for name in &names {
-            identity::clone(
-                &resolved,
-                &dir,
-                &String::from_utf8_lossy(name),
-                args.preserve,
-            )
-            .map_err(|error| failed(src, &args.dst, &error))?;
-        }
+        with_new_identity(args, &resolved, &dir, &names)?;
         return Ok((names, start.elapsed()));
     }
     client::clone(&resolved, &dir, name, args.count, args.preserve)?
         .map_err(|error| failed(src, &args.dst, &error))?;
     Ok((names, start.elapsed()))
+}
+
+/// Makes clones with ids of their own, one after another.
+fn with_new_identity(args: &Clone, source: &Path, dir: &Path, names: &[Vec<u8>]) -> Result<()> {
+    let taken = |name: &&Vec<u8>| {
+        let path = dir.join(OsStr::from_bytes(name));
+        path.symlink_metadata().is_ok()
+    };
+    if let Some(name) = names.iter().find(taken) {
+        let name = clean(&String::from_utf8_lossy(name));
+        let error = Error::new(Kind::Exists, format!("there is {name} already"));
+        return Err(failed(&args.src, &args.dst, &error));
+    }
+    for (made, name) in names.iter().enumerate() {
+        let name = String::from_utf8_lossy(name);
+        if let Err(error) = identity::clone(source, dir, &name, args.preserve) {
+            let mut failure = failed(&args.src, &args.dst, &error);
+            if made > 0 {
+                // What is said of all or none is not true of these.
+                failure.hints = vec![format!(
+                    "the clones before {} were made: {made} of {}",
+                    clean(&name),
+                    names.len()
+                )];
+            }
+            return Err(failure);
+        }
+    }
+    Ok(())
 }
 
 /// The absolute path of a source, which must exist. Links are followed, as by cp.

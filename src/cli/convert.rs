@@ -97,9 +97,8 @@ pub(super) fn run(args: &Convert, output: Output) -> Result<()> {
         sink.finish()
     })
     .map_err(|error| failed(&error))?;
-    for note in advice(&image, &spec) {
-        output.note(&note);
-    }
+    let advice = advice(&image, &spec);
+    advice.iter().for_each(|note| output.note(note));
     if args.json {
         output.json(json!({
             "source": show(&args.src),
@@ -109,6 +108,7 @@ pub(super) fn run(args: &Convert, output: Output) -> Result<()> {
             "shared_bytes": counts.shared,
             "copied_bytes": counts.copied,
             "table_bytes": counts.tables,
+            "advice": advice,
             "seconds": begun.elapsed().as_secs_f64(),
         }));
     } else {
@@ -180,8 +180,18 @@ pub(super) fn spec(
 
 /// What the owner of the new image should know.
 pub(super) fn advice(image: &Image, spec: &Spec) -> Vec<String> {
-    let facts = image.chain.layers()[0].facts();
+    let layers = image.chain.layers();
+    let facts = layers[0].facts();
     let mut notes = Vec::new();
+    for (i, layer) in layers.iter().enumerate() {
+        let whose = match i {
+            0 => "the image".to_owned(),
+            i => format!("its parent, number {i}"),
+        };
+        // Names from the image may be in it.
+        let odd = layer.facts().notes.iter().map(|note| clean(note));
+        notes.extend(odd.map(|note| format!("{whose}: {note}")));
+    }
     if spec.shape == Shape::VhdFixed && !spec.size.is_multiple_of(1 << 20) {
         notes.push("Azure takes only disks of whole MiB: grow the disk first".to_owned());
     }

@@ -1,19 +1,25 @@
 //! `nodupe df`: how full pools are, and what a file uses alone.
 
 use std::path::{Path, PathBuf};
+use std::sync::mpsc;
+use std::thread;
+use std::time::{Duration, Instant};
 
 use clap::Args;
 use nodupe::control::health_value;
 use nodupe::engine::Usage;
 use serde_json::{Value, json};
 
-use super::failure::Result;
+use super::failure::{Failure, Result};
 use super::info;
-use super::mounts;
+use super::mounts::{self, Mount};
 use super::output::{self, Align, Output, Table, show};
 use super::size::human;
 use super::target::{self, Facts, FileFacts, PoolFacts, Want};
 use super::warn::{State, percent_used};
+
+/// How long all mounted pools have to answer.
+const ANSWER_MAX: Duration = Duration::from_secs(5);
 
 const EXAMPLE: &str = "\
 Columns:
@@ -54,8 +60,8 @@ pub(super) fn run(args: &Df, output: Output) -> Result<()> {
         Err(failure) => failures.push(failure),
     };
     if args.targets.is_empty() {
-        for mount in mounts::ours()? {
-            let facts = target::mounted(&mount);
+        for (mount, answer) in ask(mounts::ours()?, ANSWER_MAX, target::mounted) {
+            let facts = answer.unwrap_or_else(|| Err(silent(&mount)));
             // Somebody may have unmounted it meanwhile.
             if facts.is_ok() || mounts::on(&mount.dir)?.as_ref() == Some(&mount) {
                 add(facts.map(|facts| Facts::Pool(Box::new(facts))));
@@ -89,6 +95,41 @@ pub(super) fn run(args: &Df, output: Output) -> Result<()> {
     let last = failures.pop();
     failures.iter().for_each(output::failure);
     last.map_or(Ok(()), Err)
+}
+
+/// Asks all mounts at once, each in a thread of its own, because one may be stuck. `None`: no answer
+/// within `limit`.
+fn ask<T: Send + 'static>(
+    mounts: Vec<Mount>,
+    limit: Duration,
+    question: fn(&Mount) -> Result<T>,
+) -> Vec<(Mount, Option<Result<T>>)> {
+    let begun = Instant::now();
+    let ask_one = |mount: Mount| {
+        let (answer, waiting) = mpsc::sync_channel(1);
+        let asked = mount.clone();
+        // What cannot even be asked does not answer.
+        drop(thread::Builder::new().spawn(move || {
+            // An answer that comes too late interests nobody.
+            drop(answer.send(question(&asked)));
+        }));
+        (mount, waiting)
+    };
+    let waiting: Vec<_> = mounts.into_iter().map(ask_one).collect();
+    waiting
+        .into_iter()
+        .map(|(mount, waiting)| {
+            let left = limit.saturating_sub(begun.elapsed());
+            (mount, waiting.recv_timeout(left).ok())
+        })
+        .collect()
+}
+
+/// A mount whose daemon is there and stuck.
+fn silent(mount: &Mount) -> Failure {
+    Failure::new(format!("{} does not answer", show(&mount.dir)))
+        .why(format!("its pool is {}", show(&mount.source)))
+        .hint("see the log of its nodupe process, and dmesg")
 }
 
 fn text(pools: &[PoolFacts], files: &[FileFacts]) -> String {
@@ -231,5 +272,20 @@ mod tests {
     #[test]
     fn sharing_never_divides_by_zero() {
         assert_eq!(sharing(&Usage::default()), None);
+    }
+    #[test]
+    fn a_mount_that_is_stuck_holds_nobody_up() {
+        let mounts = || mounts::all().unwrap()[..1].to_vec();
+        let stuck = |_: &Mount| -> Result<()> {
+            loop {
+                thread::park();
+            }
+        };
+        let told = ask(mounts(), Duration::from_millis(10), stuck);
+        assert!(told[0].1.is_none());
+        let failure = silent(&told[0].0);
+        assert!(failure.chain[0].ends_with("does not answer"));
+        let told = ask(mounts(), Duration::from_secs(600), |_| Ok(7));
+        assert_eq!(told[0].1.as_ref().unwrap().as_ref().unwrap(), &7);
     }
 }

@@ -1,8 +1,7 @@
 //! `nodupe export`: an image of any format, outside of the pool.
 
 use std::cell::Cell;
-use std::collections::HashMap;
-use std::fs::{self, File};
+use std::fs::File;
 use std::io::{self, IsTerminal, Write};
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
@@ -25,6 +24,7 @@ use super::differ;
 use super::failure::{Failure, Result};
 use super::image::{self, Image};
 use super::output::{Output, show};
+use super::parts::Parts;
 use super::size;
 
 const EXAMPLE: &str = "\
@@ -63,6 +63,9 @@ pub(super) struct Export {
     /// Write only the differences from this image
     #[arg(long, value_name = "GOLD")]
     backing: Option<PathBuf>,
+    /// Format of GOLD, instead of looking at it
+    #[arg(long, value_name = "FORMAT", requires = "backing")]
+    backing_from: Option<String>,
     /// With --backing: the exported image of GOLD, which DST will name as its parent
     #[arg(long, value_name = "FILE", requires = "backing")]
     parent: Option<PathBuf>,
@@ -135,15 +138,14 @@ pub(super) fn run(args: &Export, output: Output) -> Result<()> {
     };
     bar.finish_and_clear();
     done.map_err(|error| failed(&error))?;
-    for note in convert::advice(&image, &spec) {
-        output.note(&note);
-    }
-    tell(args, output, &job, begun);
+    let advice = convert::advice(&image, &spec);
+    advice.iter().for_each(|note| output.note(note));
+    tell(args, output, &job, (&advice, begun));
     Ok(())
 }
 
 /// Says what was done.
-fn tell(args: &Export, output: Output, job: &Job<'_>, begun: Instant) {
+fn tell(args: &Export, output: Output, job: &Job<'_>, (advice, begun): (&[String], Instant)) {
     if args.json {
         output.json(json!({
             "source": show(&args.src),
@@ -152,6 +154,7 @@ fn tell(args: &Export, output: Output, job: &Job<'_>, begun: Instant) {
             "size": job.spec.size,
             "data_bytes": job.total,
             "written_bytes": job.written.get(),
+            "advice": advice,
             "seconds": begun.elapsed().as_secs_f64(),
         }));
     } else if args.dst.as_os_str() != "-" {
@@ -207,23 +210,30 @@ fn against(
     let cannot = |path: &Path, error: &Error| {
         Failure::new(format!("cannot compare with {}", show(path))).because(error)
     };
-    let right = Image::open(gold, None).map_err(|error| cannot(gold, &error))?;
+    let from = convert::named(args.backing_from.as_deref())?;
+    let right = Image::open(gold, from).map_err(|error| match error.kind() {
+        // The error itself names --from, which is of SRC.
+        Kind::Invalid => cannot(gold, &error).hint("of this one: --backing-from FORMAT"),
+        _ => cannot(gold, &error),
+    })?;
     let holes = |source: &_, range| right.data(source, range);
     let held = Held {
         chain: &right.chain,
         holes: &holes,
     };
     let facts = right.chain.layers()[0].facts().clone();
+    let size = source.1.chain.size();
     let (path, facts) = match &args.parent {
         None => (gold.to_path_buf(), facts),
         Some(path) => {
             let parent = Image::open(path, None).map_err(|error| cannot(path, &error))?;
-            let given = parent.chain.layers()[0].facts().clone();
-            if given.size < facts.size {
+            let why = unlike(&parent, facts.size, size).map_err(|error| cannot(path, &error))?;
+            if let Some(why) = why {
                 return Err(Failure::new(format!("{} is no parent", show(path)))
-                    .why(format!("it is smaller than {}", show(gold))));
+                    .why(format!("{why} {}", show(gold)))
+                    .hint("give the image that was exported from it"));
             }
-            (path.clone(), given)
+            (path.clone(), parent.chain.layers()[0].facts().clone())
         }
     };
     if shape.format() != Format::Qcow2 && facts.format != shape.format() {
@@ -241,16 +251,57 @@ fn against(
     }
     let found =
         differ::differences(source, (&right, &held)).map_err(|error| cannot(gold, &error))?;
-    let name = path.file_name().unwrap_or_default().to_string_lossy();
+    let name = parent_name(&path, &args.dst, shape).map_err(|error| cannot(&path, &error))?;
     Ok((
         Parent {
-            name: name.into_owned(),
+            name,
             absolute: None,
             identity: facts.identity,
             format: facts.format,
         },
         found,
     ))
+}
+
+/// What tells that an image, as far as a child of `child` bytes sees it, is not the one of `size`
+/// bytes that the child was compared with.
+fn unlike(parent: &Image, size: u64, child: u64) -> nodupe::error::Result<Option<&'static str>> {
+    let found = parent.chain.size();
+    if found < size {
+        return Ok(Some("it is smaller than"));
+    }
+    let holes = |source: &_, range| parent.data(source, range);
+    let held = Held {
+        chain: &parent.chain,
+        holes: &holes,
+    };
+    let (from, to) = (size.next_multiple_of(BLOCK_SIZE as u64), found.min(child));
+    let more = from < to && held.piece(from, to)?.is_some();
+    Ok(more.then_some("it has data behind the end of"))
+}
+
+/// What an image at `dst` calls its parent: relative to itself, if that is beside or below it.
+fn parent_name(path: &Path, dst: &Path, shape: Shape) -> nodupe::error::Result<String> {
+    let failed = |error| Error::io("cannot tell where it is", error);
+    let path = path.canonicalize().map_err(failed)?;
+    let base = PathBuf::from(path.file_name().unwrap_or_default());
+    let name = if dst.as_os_str() == "-" {
+        base // it may go anywhere
+    } else {
+        let dir = match dst.parent() {
+            Some(dir) if !dir.as_os_str().is_empty() => dir,
+            _ => Path::new("."),
+        };
+        let dir = dir.canonicalize().map_err(failed)?;
+        match path.strip_prefix(&dir) {
+            Ok(relative) => relative.to_path_buf(),
+            Err(_) if matches!(shape.format(), Format::Qcow2 | Format::Vmdk) => path,
+            // Absolute names are those of Windows there; the id leads to the parent.
+            Err(_) => base,
+        }
+    };
+    let name = name.into_os_string().into_string();
+    name.map_err(|_| Error::new(Kind::Invalid, "its name is not UTF-8"))
 }
 
 /// Bytes that a map tells.
@@ -308,7 +359,7 @@ impl Job<'_> {
             job: self,
             out,
             at: 0,
-            leads: HashMap::new(),
+            lead: None,
         };
         file.emit(plan.size, &mut sink)?;
         sink.fill_to(file.len)?;
@@ -387,50 +438,6 @@ impl Job<'_> {
     }
 }
 
-/// New files: hidden until all are there, gone if that fails.
-#[derive(Default)]
-struct Parts {
-    made: std::cell::RefCell<Vec<(PathBuf, PathBuf)>>,
-}
-
-impl Parts {
-    fn create(&self, path: &Path) -> nodupe::error::Result<File> {
-        if fs::symlink_metadata(path).is_ok() {
-            return Err(Error::new(
-                Kind::Exists,
-                format!("{} exists: remove it first", show(path)),
-            ));
-        }
-        let name = path.file_name().unwrap_or_default().to_string_lossy();
-        let hidden = path.with_file_name(format!(".{name}.{}.part", std::process::id()));
-        let file = File::options()
-            .read(true)
-            .write(true)
-            .create_new(true)
-            .open(&hidden)
-            .map_err(|error| Error::io(format!("cannot make {}", show(path)), error))?;
-        self.made.borrow_mut().push((hidden, path.to_path_buf()));
-        Ok(file)
-    }
-
-    fn publish(&self) -> nodupe::error::Result<()> {
-        for (hidden, path) in self.made.take() {
-            fs::rename(&hidden, &path)
-                .map_err(|error| Error::io(format!("cannot make {}", show(&path)), error))?;
-        }
-        Ok(())
-    }
-}
-
-impl Drop for Parts {
-    fn drop(&mut self) {
-        for (hidden, _) in self.made.take() {
-            // Whatever went wrong is told already.
-            drop(fs::remove_file(hidden));
-        }
-    }
-}
-
 /// A file that reads as zeros where nothing is written.
 struct ToFile<'a> {
     job: &'a Job<'a>,
@@ -486,8 +493,8 @@ struct InOrder<'a> {
     job: &'a Job<'a>,
     out: &'a mut dyn Write,
     at: u64,
-    /// Blocks that may be repeated.
-    leads: HashMap<u64, Vec<u8>>,
+    /// The newest piece of one block, which may be repeated.
+    lead: Option<(u64, Vec<u8>)>,
 }
 
 impl InOrder<'_> {
@@ -513,20 +520,22 @@ impl InOrder<'_> {
 
 impl Sink for InOrder<'_> {
     fn bytes(&mut self, at: u64, bytes: &[u8]) -> nodupe::error::Result<()> {
-        if bytes.len() == BLOCK_SIZE && self.leads.is_empty() {
-            self.leads.insert(at, bytes.to_vec());
+        if bytes.len() == BLOCK_SIZE {
+            self.lead = Some((at, bytes.to_vec()));
         }
         self.put(at, bytes)
     }
 
     fn repeat(&mut self, at: u64, from: u64, _: u64) -> nodupe::error::Result<()> {
-        let Some(bytes) = self.leads.get(&from).cloned() else {
+        let Some((_, bytes)) = self.lead.take_if(|(lead, _)| *lead == from) else {
             return Err(Error::new(
                 Kind::Unsupported,
                 "this image is not written in order: export it to a file",
             ));
         };
-        self.put(at, &bytes)
+        let outcome = self.put(at, &bytes);
+        self.lead = Some((from, bytes));
+        outcome
     }
 
     fn payload(&mut self, at: u64, disk: u64, len: u64) -> nodupe::error::Result<()> {
@@ -534,5 +543,43 @@ impl Sink for InOrder<'_> {
         job.read(disk, len, &mut |part, bytes| {
             self.put(at + (part - disk), bytes)
         })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_parent_is_named_so_that_it_is_found() {
+        let root = tempfile::tempdir().unwrap();
+        let root = root.path().canonicalize().unwrap();
+        std::fs::create_dir_all(root.join("vms/old")).unwrap();
+        let name = |parent: &str, shape| {
+            let path = root.join(parent);
+            std::fs::write(&path, "").unwrap();
+            parent_name(&path, &root.join("vms/vm.x"), shape).unwrap()
+        };
+        for shape in [Shape::Qcow2, Shape::VhdDynamic] {
+            assert_eq!(name("vms/gold", shape), "gold");
+            assert_eq!(name("vms/old/gold", shape), "old/gold");
+        }
+        let absolute = root.join("gold").into_os_string().into_string().unwrap();
+        assert_eq!(name("gold", Shape::Qcow2), absolute);
+        assert_eq!(name("gold", Shape::VhdxDynamic), "gold");
+    }
+
+    #[test]
+    fn a_parent_with_more_data_is_none() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("a.raw");
+        std::fs::write(&path, vec![1; 3 * BLOCK_SIZE]).unwrap();
+        let image = Image::open(&path, None).unwrap();
+        let block = BLOCK_SIZE as u64;
+        let unlike = |size, child| unlike(&image, size, child).unwrap();
+        assert_eq!(unlike(3 * block, 5 * block), None);
+        assert!(unlike(4 * block, 5 * block).is_some());
+        assert!(unlike(2 * block, 5 * block).is_some());
+        assert_eq!(unlike(2 * block, 2 * block), None, "the child ends before");
     }
 }

@@ -4,15 +4,16 @@
 //!
 //! 1. The clone gets its name when it has its new ids, in one instant.
 
-use std::fs::{self, File};
+use std::fs::{self, File, Permissions};
+use std::io;
 use std::os::fd::AsFd;
-use std::os::unix::fs::FileExt;
+use std::os::unix::fs::{FileExt, PermissionsExt};
 use std::path::Path;
 
 use nodupe::control::{self, Request, Response};
 use nodupe::error::{Error, Kind, Result};
+use nodupe::formats::FileSource;
 use nodupe::formats::layout::{Ids, renew};
-use nodupe::formats::{FileSource, Format, probe};
 use nodupe::sys;
 
 use super::image;
@@ -32,25 +33,41 @@ pub(super) fn clone(src: &Path, dir: &Path, name: &str, preserve: bool) -> Resul
         ));
     }
     let bytes = FileSource::new(source)?;
-    let format = match image::by_name(src) {
-        Some(Format::Raw) => Format::Raw,
-        _ => probe::probe(&bytes)?,
+    // What a guest wrote must not decide which bytes are changed.
+    let format = match image::choose(&bytes, src) {
+        Err(error) if error.kind() == Kind::Invalid => {
+            return Err(Error::new(
+                Kind::Invalid,
+                "the name of the image and its contents disagree about the format: make another \
+                 image with nodupe convert --from FORMAT, which copies no data either",
+            ));
+        }
+        format => format?,
     };
     // Refused before anything is made.
     renew(&bytes, format, &Ids::random()?)?;
     let hidden = hidden()?;
     publish(&opened(src)?, &into, &hidden, preserve)?;
     let path = dir.join(&hidden);
-    let file = File::options().read(true).write(true).open(&path);
+    let file = writable(&path);
     let removed = fs::remove_file(&path);
     let failed = |error| Error::io(format!("cannot change {}", path.display()), error);
-    let file = file.map_err(failed)?;
+    let (file, permissions) = file.map_err(failed)?;
     removed.map_err(failed)?;
     let bytes = FileSource::new(file.try_clone().map_err(failed)?)?;
     for (at, edit) in renew(&bytes, format, &Ids::random()?)? {
         file.write_all_at(&edit, at).map_err(failed)?;
     }
+    file.set_permissions(permissions).map_err(failed)?;
     publish(&file, &into, name, preserve)
+}
+
+/// Opens a file of ours to write, whatever its mode, and tells the mode that it had.
+fn writable(path: &Path) -> io::Result<(File, Permissions)> {
+    let before = fs::symlink_metadata(path)?.permissions();
+    fs::set_permissions(path, Permissions::from_mode(0o600))?;
+    let file = File::options().read(true).write(true).open(path)?;
+    Ok((file, before))
 }
 
 /// A name that nobody uses.
@@ -90,4 +107,20 @@ pub(super) fn nameless(dir: &Path) -> Result<File> {
         .map_err(failed)?;
     fs::remove_file(&path).map_err(failed)?;
     Ok(file)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_file_that_is_only_read_can_be_changed_by_its_owner() {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        fs::set_permissions(file.path(), Permissions::from_mode(0o444)).unwrap();
+        let (open, before) = writable(file.path()).unwrap();
+        open.write_all_at(b"x", 0).unwrap();
+        assert_eq!(before.mode() & 0o7777, 0o444);
+        let now = file.path().metadata().unwrap().permissions().mode();
+        assert_eq!(now & 0o7777, 0o600, "the owner alone, and to write");
+    }
 }

@@ -4,8 +4,11 @@
 //!
 //! 1. Extents and parents are opened only beside the image that names them, by their base name;
 //!    nothing but regular files, and no links.
+//! 2. What a guest can write never decides the format: where names and contents disagree, or
+//!    nothing says what a parent is, the image is refused.
 
 use std::cell::RefCell;
+use std::ffi::OsStr;
 use std::fs::File;
 use std::ops::Range;
 use std::os::fd::AsFd;
@@ -18,7 +21,7 @@ use nodupe::control::{self, Look, Request, Response, Token};
 use nodupe::error::{Error, Kind, Result};
 use nodupe::formats::chain::Chain;
 use nodupe::formats::{FileSource, Format, Layer, Source, probe};
-use nodupe::sys::block;
+use nodupe::sys::{block, files};
 use nodupe::units::BLOCK_SIZE;
 
 const B: u64 = BLOCK_SIZE as u64;
@@ -57,7 +60,7 @@ pub(super) struct Image {
 }
 
 impl Image {
-    /// Opens `path` with its parents. `format`: not guessed.
+    /// Opens `path` with its parents. `format`: not looked for.
     pub(super) fn open(path: &Path, format: Option<Format>) -> Result<Self> {
         let mut files = Vec::new();
         // A link that the user names is followed; one that an image names is not.
@@ -65,7 +68,8 @@ impl Image {
             .canonicalize()
             .map_err(|error| Error::io(format!("cannot open {}", path.display()), error))?;
         let path = real.as_path();
-        let mut layers = vec![layer(path, format, &mut files)?];
+        let choice = format.map_or(Choice::ByUser, Choice::Exactly);
+        let mut layers = vec![layer(path, choice, &mut files)?];
         let mut at = path.to_path_buf();
         while let Some(parent) = layers[layers.len() - 1].facts().parent.clone() {
             if layers.len() > DEPTH_MAX {
@@ -74,9 +78,10 @@ impl Image {
                     format!("more than {DEPTH_MAX} parents: perhaps a circle"),
                 ));
             }
-            let format = match parent.format.as_deref() {
-                Some(name) => Some(named(name)?),
-                None => None,
+            let choice = match (&parent.identity, parent.format.as_deref()) {
+                (Some(_), _) => Choice::Exactly(layers[layers.len() - 1].facts().format),
+                (None, Some(name)) => Choice::Exactly(named(name)?),
+                (None, None) => Choice::Backing,
             };
             let mut why = Error::new(
                 Kind::NotFound,
@@ -85,7 +90,7 @@ impl Image {
             let mut found = None;
             for name in &parent.names {
                 let path = beside(&at, name);
-                match layer(&path, format, &mut files) {
+                match layer(&path, choice, &mut files) {
                     Ok(layer) => {
                         let known = parent.identity.is_none()
                             || layer.facts().identity == parent.identity
@@ -166,18 +171,43 @@ fn beside(path: &Path, name: &str) -> PathBuf {
     path.with_file_name(base)
 }
 
-fn layer(
-    path: &Path,
-    format: Option<Format>,
-    files: &mut Vec<ImageFile>,
-) -> Result<Box<dyn Layer>> {
+/// How the format of a file is known.
+#[derive(Clone, Copy, Debug)]
+enum Choice {
+    /// Said by the user, or by the child.
+    Exactly(Format),
+    /// The user names the file: its name and its contents say so together.
+    ByUser,
+    /// The backing file of a qcow2 that does not say what it is.
+    Backing,
+}
+
+/// The format of a file whose name ends in that of `path`.
+pub(super) fn choose(source: &dyn Source, path: &Path) -> Result<Format> {
+    probe::choose(source, path.extension().and_then(OsStr::to_str))
+}
+
+fn layer(path: &Path, choice: Choice, files: &mut Vec<ImageFile>) -> Result<Box<dyn Layer>> {
     let main = ImageFile::open(path)?;
     let source = main.source.clone();
     files.push(main);
-    // What a guest wrote into a raw disk must not make it another format.
-    let format = match format.or(by_name(path).filter(|format| *format == Format::Raw)) {
-        Some(format) => format,
-        None => probe::probe(&*source)?,
+    let format = match choice {
+        Choice::Exactly(format) => format,
+        Choice::ByUser => choose(&*source, path)?,
+        Choice::Backing => {
+            let found = probe::probe(&*source)?;
+            if found != Format::Raw && by_name(path) != Some(found) {
+                return Err(Error::new(
+                    Kind::Invalid,
+                    format!(
+                        "{} looks like {found}, which a guest may have written, and its child \
+                         does not say: record the format in the child (qemu-img rebase -u -F)",
+                        path.display()
+                    ),
+                ));
+            }
+            found
+        }
     };
     probe::open(source, format, &mut |name| {
         let file = ImageFile::open(&beside(path, name))?;
@@ -190,15 +220,18 @@ fn layer(
 impl ImageFile {
     fn open(path: &Path) -> Result<Self> {
         let failed = |error| Error::io(format!("cannot open {}", path.display()), error);
-        let before = std::fs::symlink_metadata(path).map_err(failed)?;
-        if !before.is_file() {
-            return Err(Error::new(
-                Kind::Invalid,
-                format!("{} is no regular file", path.display()),
-            ));
-        }
-        let file = File::open(path).map_err(failed)?;
+        let no_file = || {
+            let what = format!("{} is no regular file", path.display());
+            Error::new(Kind::Invalid, what)
+        };
+        let file = files::open_itself(path).map_err(|error| match files::leads_out(&error) {
+            true => no_file(), // a link
+            false => failed(error),
+        })?;
         let metadata = file.metadata().map_err(failed)?;
+        if !metadata.is_file() {
+            return Err(no_file());
+        }
         let source = Arc::new(FileSource::new(file.try_clone().map_err(failed)?)?);
         let mut opened = Self {
             device: metadata.dev(),
@@ -310,4 +343,105 @@ fn nonsense() -> Error {
         Kind::Io,
         "the daemon of the datastore answers nonsense: use the same version of nodupe for both",
     )
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use nodupe::formats::layout::{Ids, Parent, Plan, Shape, Sink, Spec};
+    use std::fs;
+
+    /// Keeps headers and tables.
+    struct Bytes(Vec<u8>);
+
+    impl Sink for Bytes {
+        fn bytes(&mut self, at: u64, bytes: &[u8]) -> Result<()> {
+            self.0[at as usize..at as usize + bytes.len()].copy_from_slice(bytes);
+            Ok(())
+        }
+
+        fn repeat(&mut self, _: u64, _: u64, _: u64) -> Result<()> {
+            Ok(())
+        }
+
+        fn payload(&mut self, _: u64, _: u64, _: u64) -> Result<()> {
+            Ok(())
+        }
+    }
+
+    /// An image without data.
+    fn empty(shape: Shape, parent: Option<Parent>) -> Vec<u8> {
+        let spec = Spec {
+            shape,
+            size: 1 << 20,
+            sector: 512,
+            ids: Ids::random().unwrap(),
+            seconds: 0,
+            name: "x".into(),
+            parent,
+        };
+        let plan = Plan::new(&spec, &Vec::new()).unwrap();
+        let mut sink = Bytes(vec![0; plan.len() as usize]);
+        plan.files[0].emit(plan.size, &mut sink).unwrap();
+        sink.0
+    }
+
+    fn refused(path: &Path) -> String {
+        Image::open(path, None).unwrap_err().to_string()
+    }
+
+    #[test]
+    fn a_name_does_not_make_a_raw_disk_of_another_format() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("a.img");
+        fs::write(&path, empty(Shape::Qcow2, None)).unwrap();
+        let image = Image::open(&path, None).unwrap();
+        assert_eq!(image.chain.layers()[0].facts().format, Format::Qcow2);
+        let image = Image::open(&path, Some(Format::Raw)).unwrap();
+        assert_eq!(image.chain.layers()[0].facts().format, Format::Raw);
+        let path = dir.path().join("a.raw");
+        fs::write(&path, empty(Shape::Qcow2, None)).unwrap();
+        let told = refused(&path);
+        assert!(
+            told.contains("--from raw") && told.contains("--from qcow2"),
+            "{told}"
+        );
+    }
+
+    #[test]
+    fn a_backing_file_of_no_stored_format_is_not_guessed() {
+        let dir = tempfile::tempdir().unwrap();
+        let parent = Parent {
+            name: "gold.img".into(),
+            absolute: None,
+            identity: None,
+            format: Format::Raw,
+        };
+        let mut child = empty(Shape::Qcow2, Some(parent));
+        let path = dir.path().join("child.qcow2");
+        let gold = dir.path().join("gold.img");
+        fs::write(&gold, empty(Shape::Qcow2, None)).unwrap();
+        fs::write(&path, &child).unwrap();
+        let image = Image::open(&path, None).unwrap();
+        assert_eq!(image.chain.layers()[1].facts().format, Format::Raw);
+        // An extension of the header that nobody knows, instead of the format.
+        child[104..108].copy_from_slice(&[1; 4]);
+        fs::write(&path, &child).unwrap();
+        let told = refused(&path);
+        assert!(told.contains("rebase"), "{told}");
+        fs::write(&gold, vec![0; 1 << 20]).unwrap();
+        assert_eq!(Image::open(&path, None).unwrap().chain.layers().len(), 2);
+    }
+    #[test]
+    fn an_image_names_neither_a_link_nor_a_directory() {
+        let dir = tempfile::tempdir().unwrap();
+        let (file, link) = (dir.path().join("a"), dir.path().join("b"));
+        fs::write(&file, "x").unwrap();
+        std::os::unix::fs::symlink(&file, &link).unwrap();
+        assert!(ImageFile::open(&file).is_ok());
+        for path in [link.as_path(), dir.path()] {
+            let told = ImageFile::open(path).unwrap_err().to_string();
+            assert!(told.contains("no regular file"), "{told}");
+        }
+    }
 }

@@ -33,6 +33,7 @@ mod mounts;
 #[cfg(feature = "fuse")]
 mod options;
 mod output;
+mod parts;
 mod scrub;
 mod sharing;
 mod size;

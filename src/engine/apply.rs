@@ -38,7 +38,10 @@ pub(crate) mod set {
 
 /// Extents of a range above which its tree is first shared with a detached map, so that removing
 /// the range is O(log n) and the reaper frees the rest bit by bit.
-const DETACH_ABOVE: u64 = 4096;
+pub(crate) const DETACH_ABOVE: u64 = 4096;
+
+/// Extents of a range that are in memory at once when it is shared.
+const PARTS_MAX: usize = 4096;
 
 /// The first block that lies wholly behind `size` bytes.
 pub(crate) fn blocks_of(size: u64) -> u64 {
@@ -500,25 +503,37 @@ fn clone_range(meta: &mut Meta, stage: &mut Stage, record: &Record) -> Result<()
         unreachable!()
     };
     let source = load_file(meta, stage, *src)?;
-    let mut parts: Vec<Mapped> = Vec::new();
-    meta.mapped(source.root, *block, block + count, &mut |part| {
-        parts.push(part);
-        ControlFlow::Continue(())
-    })?;
     let mut inode = load_file(meta, stage, *dst)?;
-    let end = dst_block + count;
-    // Both may be one file: what is shared was read before the destination changes, and the
-    // references to it are taken before those of the destination are dropped.
-    for part in &parts {
-        meta.space.delta.add(part.extent, 1);
+    let end = block.saturating_add(*count);
+    let mut at = *block;
+    // Whatever the record says, a bounded part of it is in memory at a time.
+    while at < end {
+        let root = if src == dst { inode.root } else { source.root };
+        let mut parts: Vec<Mapped> = Vec::new();
+        let mut next = end;
+        meta.mapped(root, at, end, &mut |part| {
+            if parts.len() == PARTS_MAX {
+                next = part.at;
+                return ControlFlow::Break(());
+            }
+            parts.push(part);
+            ControlFlow::Continue(())
+        })?;
+        let to = |from: u64| from - block + dst_block;
+        // Both may be one file: what is shared was read before the destination changes, and the
+        // references to it are taken before those of the destination are dropped.
+        for part in &parts {
+            meta.space.delta.add(part.extent, 1);
+        }
+        unmap(meta, &mut inode, to(at), to(next))?;
+        for part in &parts {
+            meta.map(&mut inode.root, to(part.at), part.extent)?;
+            meta.space.delta.add(part.extent, -1);
+            inode.mapped += u64::from(part.extent.len);
+        }
+        at = next;
     }
-    unmap(meta, &mut inode, *dst_block, end)?;
-    stage.drop_range(*dst, *dst_block, end);
-    for part in &parts {
-        meta.map(&mut inode.root, part.at - block + dst_block, part.extent)?;
-        meta.space.delta.add(part.extent, -1);
-        inode.mapped += u64::from(part.extent.len);
-    }
+    stage.drop_range(*dst, *dst_block, dst_block + count);
     share_staged(
         stage,
         *src,

@@ -145,7 +145,6 @@ impl Pool {
             self.wake_worker();
         }
         let mut state = self.commit.state.lock();
-        state.written = None;
         if !is_small || !is_foreseen {
             state.alone = 0;
         }
@@ -161,6 +160,9 @@ impl Pool {
             Err(error) if error.kind() == Kind::NoSpace => {
                 // Nothing is lost: the next round writes it again, to the same place.
                 self.stage.lock().untake(batch);
+                if !journal.is_unsynced() {
+                    self.commit.state.lock().written = None; // the journal synced it first
+                }
                 Err(self.host_refused(error))
             }
             written => written.inspect_err(|error| self.poison(error)),
@@ -230,6 +232,7 @@ impl Pool {
         let mut state = self.commit.state.lock();
         assert!(state.leader && upto >= state.durable);
         state.durable = upto;
+        state.written = None; // I5: it was written before
         let (ready, waiting): (Vec<_>, Vec<_>) = std::mem::take(&mut state.waiters)
             .into_iter()
             .partition(|(need, _)| *need <= upto);

@@ -10,7 +10,8 @@ use crate::units::{BLOCK_SIZE, Ino, Time};
 use super::apply::{attr_of, blocks_of, load};
 use super::file::{Attempt, staged};
 use super::pool::Pool;
-use super::stage::{BLOCK_COST, Stage, StageFile, Staged, TOUCH_COST, record_cost};
+use super::share::{STEP_EXTENTS, Share};
+use super::stage::{BLOCK_COST, Stage, StageFile, Staged, record_cost};
 use super::types::{Attr, FileUsage, Origin};
 
 const B: u64 = BLOCK_SIZE as u64;
@@ -324,7 +325,16 @@ impl Pool {
         let head = ((B - src_offset % B) % B).min(len);
         self.copy_bytes(src, src_offset, dst, dst_offset, head, now)?;
         let (src_at, dst_at, left) = (src_offset + head, dst_offset + head, len - head);
-        let done = self.share_blocks(src, src_at, dst, dst_at, left, now)?;
+        let mut done = 0;
+        loop {
+            let (from, to) = (src_at + done, dst_at + done);
+            let step = self.share_blocks(src, from, dst, to, left - done, now)?;
+            done += step;
+            if step == 0 || done == left {
+                break;
+            }
+            self.begin_change()?;
+        }
         let tail = left - done;
         let copied = self.copy_bytes(src, src_at + done, dst, dst_at + done, tail, now)?;
         Ok(head + done + copied)
@@ -332,7 +342,7 @@ impl Pool {
 
     /// Shares the whole blocks of a range that begins on block borders; also its last, partial
     /// one, if that is the last of the source and becomes the last of the destination. Returns
-    /// the bytes done.
+    /// the bytes done: as many as one step takes, 0 if there are no whole blocks.
     fn share_blocks(
         &self,
         src: Ino,
@@ -362,18 +372,16 @@ impl Pool {
                 return Ok(Attempt::Done(0));
             }
             let (block, dst_block) = (src_at / B, dst_at / B);
-            let record = Record::CloneRange {
-                src,
+            let range = Share {
                 block,
-                dst,
                 dst_block,
                 count,
             };
-            if !stage.has_room(record_cost(&record) + TOUCH_COST, self.limits.pending_bytes) {
+            let files = (src, dst);
+            let shared = self.share_some(&mut meta, &mut stage, files, &range, STEP_EXTENTS)?;
+            let Some((count, _)) = shared else {
                 return Ok(Attempt::QueueFull);
-            }
-            self.apply_or_poison(&mut meta, &mut stage, &record)?;
-            stage.push(record);
+            };
             stage.open(dst, attr_of(&inode));
             let done = len.min(count * B);
             super::file::grow_and_touch(&mut stage, dst, dst_at + done, now);

@@ -3,25 +3,39 @@
 //!
 //! Invariants:
 //!
-//! 1. Locks are held for a bounded number of ranges at a time; between two steps others go on.
+//! 1. Locks are held for a bounded number of ranges and extents at a time, and no record is about
+//!    more; between two steps others go on, and the limits of the pool are kept.
 //! 2. Nothing is read of the device but tree nodes, once both files have their blocks in place.
+//! 3. A step has room for the nodes that it changes before it begins: it never ends half way.
 
+use std::collections::BTreeMap;
 use std::ops::ControlFlow;
 
 use crate::error::{Error, Kind, Result};
+use crate::ondisk::extent::Extent;
 use crate::ondisk::inode::FLAG_PINNED;
 use crate::ondisk::record::Record;
 use crate::units::{BLOCK_SIZE, Ino, Time};
 
-use super::apply::{attr_of, load};
+use super::apply::{DETACH_ABOVE, attr_of, load};
 use super::extents::Mapped;
 use super::file::{Attempt, grow_and_touch};
+use super::meta::Meta;
 use super::pool::Pool;
-use super::stage::{TOUCH_COST, record_cost};
+use super::stage::{Stage, TOUCH_COST, record_cost};
 
 const B: u64 = BLOCK_SIZE as u64;
-/// Ranges that are shared under one hold of the locks: about a millisecond.
-const STEP: usize = 64;
+/// Ranges that are shared under one hold of the locks.
+const STEP_RANGES: usize = 64;
+/// Extents of the source that are shared under one hold of the locks: some milliseconds.
+pub(crate) const STEP_EXTENTS: u64 = 512;
+/// Extents of the destination that one record replaces: what is removed at once elsewhere.
+const REPLACED_MAX: u64 = DETACH_ABOVE;
+/// Blocks reserved for the nodes that a record changes however little it shares: the paths of both
+/// its borders in the extent map, with splits, and that of the inode.
+const RANGE_NODES: u64 = 16;
+/// Extents for which one more node is reserved: those of a leaf that is hardly an eighth full.
+const EXTENTS_PER_NODE: u64 = 32;
 /// Extents of a file that one look at its map takes.
 const LOOK: usize = 4096;
 
@@ -51,25 +65,26 @@ impl Pool {
     /// leaves the ranges shared up to some point.
     ///
     /// # Errors
-    /// `Invalid` for a range outside; `NoSpace`.
+    /// `Invalid` for a range outside; `NoSpace`. What comes before it is done.
     pub fn share_ranges(&self, src: Ino, dst: Ino, ranges: &[Share], now: Time) -> Result<()> {
-        self.begin_change()?;
-        self.settle(dst)?;
-        let mut done = 0;
-        while done < ranges.len() {
-            done += self.with_space(|| self.share_step(src, dst, &ranges[done..], now))?;
+        let mut left = ranges.to_vec();
+        left.reverse();
+        while !left.is_empty() {
+            self.begin_change()?;
+            self.settle(dst)?;
+            self.with_space(|| self.share_step(src, dst, &mut left, now))?;
         }
         Ok(())
     }
 
-    /// Shares the first of `ranges`; returns how many.
+    /// Shares some of `left`, whose last one is the next, and takes it away there.
     fn share_step(
         &self,
         src: Ino,
         dst: Ino,
-        ranges: &[Share],
+        left: &mut Vec<Share>,
         now: Time,
-    ) -> Result<Attempt<usize>> {
+    ) -> Result<Attempt<()>> {
         let _gate = self.gate.read();
         let _owned = self.own_files(src, dst);
         self.destage_file(src)?;
@@ -84,29 +99,75 @@ impl Pool {
             load(&meta, &stage, src)?.size,
             load(&meta, &stage, dst)?.size,
         );
-        let mut done = 0;
-        for range in ranges.iter().take(STEP) {
-            check(src == dst, range, from, to)?;
-            let record = Record::CloneRange {
-                src,
-                block: range.block,
-                dst,
-                dst_block: range.dst_block,
-                count: range.count,
-            };
-            if !stage.has_room(record_cost(&record) + TOUCH_COST, self.limits.pending_bytes) {
+        let mut budget = STEP_EXTENTS;
+        let mut outcome = Ok(Attempt::Done(()));
+        let mut any = false;
+        for _ in 0..STEP_RANGES {
+            let Some(range) = left.last_mut() else { break };
+            if budget == 0 {
                 break;
             }
-            self.apply_or_poison(&mut meta, &mut stage, &record)?;
-            stage.push(record);
-            done += 1;
+            let shared = check(src == dst, range, from, to)
+                .and_then(|()| self.share_some(&mut meta, &mut stage, (src, dst), range, budget));
+            let (count, extents) = match shared {
+                Ok(Some(shared)) => shared,
+                Ok(None) => {
+                    outcome = Ok(Attempt::QueueFull);
+                    break;
+                }
+                Err(error) => {
+                    outcome = Err(error);
+                    break;
+                }
+            };
+            any = true;
+            budget -= extents;
+            if count == range.count {
+                left.pop();
+            } else {
+                range.block += count;
+                range.dst_block += count;
+                range.count -= count;
+            }
         }
-        if done == 0 {
-            return Ok(Attempt::QueueFull);
+        if any {
+            stage.open(dst, attr_of(&inode));
+            grow_and_touch(&mut stage, dst, 0, now);
+            // What stopped it stops the next step as well, and that one has done nothing yet.
+            return Ok(Attempt::Done(()));
         }
-        stage.open(dst, attr_of(&inode));
-        grow_and_touch(&mut stage, dst, 0, now);
-        Ok(Attempt::Done(done))
+        outcome
+    }
+
+    /// Shares the beginning of `range`, at most `most` extents of it, by one record. Returns how
+    /// many blocks and extents that were; `None` if the queue has no room. The caller owns both files, and touches `dst`.
+    pub(crate) fn share_some(
+        &self,
+        meta: &mut Meta,
+        stage: &mut Stage,
+        (src, dst): (Ino, Ino),
+        range: &Share,
+        most: u64,
+    ) -> Result<Option<(u64, u64)>> {
+        let (count, extents) = head(meta, src, range.block, range.count, most)?;
+        let (count, _) = head(meta, dst, range.dst_block, count, REPLACED_MAX)?;
+        let record = Record::CloneRange {
+            src,
+            block: range.block,
+            dst,
+            dst_block: range.dst_block,
+            count,
+        };
+        if !stage.has_room(record_cost(&record) + TOUCH_COST, self.limits.pending_bytes) {
+            return Ok(None);
+        }
+        let nodes = RANGE_NODES + extents / EXTENTS_PER_NODE;
+        self.counters.reserve_exactly(nodes)?; // I3
+        let applied = self.apply_or_poison(meta, stage, &record);
+        self.counters.unreserve_exactly(nodes);
+        applied?;
+        stage.push(record);
+        Ok(Some((count, extents)))
     }
 
     /// Where `ino` has data between two of its blocks; at most `most` ranges.
@@ -140,10 +201,11 @@ impl Pool {
         Ok(join(differing(&left, &right, next).into_iter(), next, most))
     }
 
-    /// Extents of a file, and up to which block these are all.
+    /// Extents of a file, and up to which block these are all. Staged blocks get their places
+    /// first, unless nothing may be written: then they look like lost ones.
     fn look(&self, ino: Ino, from: u64, to: u64) -> Result<(Vec<Mapped>, u64)> {
         let _gate = self.gate.read();
-        {
+        if self.check_writable().is_ok() {
             let _owned = self.own_file(ino);
             self.destage_file(ino)?;
         }
@@ -161,8 +223,31 @@ impl Pool {
             Some(last) if parts.len() == LOOK => last.end(),
             _ => to,
         };
-        Ok((parts, next))
+        // Where nothing may be written, and what was written meanwhile: nothing tells what these
+        // blocks have in common with others.
+        let stage = self.stage.lock();
+        let staged = stage.file(ino).filter(|_| from < next);
+        let staged = staged.map(|file| file.range(from, next));
+        let staged = staged.into_iter().flat_map(BTreeMap::into_keys);
+        Ok((overlay(parts, staged), next))
     }
+}
+
+/// How many of `count` blocks from `block` of a file on hold at most `most` extents (at least 1),
+/// and how many they hold.
+fn head(meta: &Meta, ino: Ino, block: u64, count: u64, most: u64) -> Result<(u64, u64)> {
+    let mut end = block + count;
+    let mut extents = 0;
+    let root = meta.file(ino)?.root;
+    meta.mapped(root, block, end, &mut |part| {
+        if extents == most {
+            end = part.at;
+            return ControlFlow::Break(());
+        }
+        extents += 1;
+        ControlFlow::Continue(())
+    })?;
+    Ok((end - block, extents))
 }
 
 fn check(same: bool, range: &Share, from: u64, to: u64) -> Result<()> {
@@ -192,6 +277,46 @@ fn check(same: bool, range: &Share, from: u64, to: u64) -> Result<()> {
         ));
     }
     Ok(())
+}
+
+/// What is mapped, with blocks that have no place yet, ascending, as lost ones.
+fn overlay(parts: Vec<Mapped>, staged: impl Iterator<Item = u64>) -> Vec<Mapped> {
+    let mut staged = staged.peekable();
+    let mut all = Vec::with_capacity(parts.len());
+    let lost = |at| Mapped {
+        at,
+        extent: Extent { block: 0, len: 1 },
+    };
+    for mut part in parts {
+        let mut left = true;
+        while let Some(block) = staged.next_if(|block| *block < part.end()) {
+            if block > part.at {
+                let len = (block - part.at) as u32;
+                let (at, extent) = (part.at, part.extent.head(len));
+                all.push(Mapped { at, extent });
+                part = Mapped {
+                    at: block,
+                    extent: part.extent.tail(len),
+                };
+            }
+            all.push(lost(block));
+            if block == part.at && part.extent.len == 1 {
+                left = false;
+                break;
+            }
+            if block == part.at {
+                part = Mapped {
+                    at: block + 1,
+                    extent: part.extent.tail(1),
+                };
+            }
+        }
+        if left {
+            all.push(part);
+        }
+    }
+    all.extend(staged.map(lost));
+    all
 }
 
 /// Joins what touches, and stops at `most` ranges.
@@ -242,53 +367,4 @@ fn differing(left: &[Mapped], right: &[Mapped], end: u64) -> Vec<(u64, u64)> {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::ondisk::extent::Extent;
-
-    fn mapped(at: u64, block: u64, len: u32) -> Mapped {
-        Mapped {
-            at,
-            extent: Extent { block, len },
-        }
-    }
-
-    #[test]
-    fn maps_differ_where_blocks_do() {
-        let left = [mapped(0, 100, 10), mapped(20, 300, 5)];
-        let right = [mapped(0, 100, 4), mapped(4, 50, 2), mapped(6, 106, 4)];
-        assert_eq!(differing(&left, &right, 30), [(4, 6), (20, 25)]);
-        assert_eq!(differing(&right, &left, 30), [(4, 6), (20, 25)]);
-        assert_eq!(differing(&left, &left, 30), []);
-        assert_eq!(differing(&left, &right, 5), [(4, 5)]);
-        assert_eq!(differing(&left, &[], 30), [(0, 10), (20, 25)]);
-    }
-
-    #[test]
-    fn ranges_are_joined_and_come_by_pages() {
-        let runs = [(0, 2), (2, 4), (6, 7), (9, 12)];
-        let all = join(runs.into_iter(), 11, 9);
-        assert_eq!(all.ranges, [(0, 4), (6, 1), (9, 2)]);
-        assert_eq!(all.next, 11);
-        let page = join(runs.into_iter(), 11, 2);
-        assert_eq!((page.ranges.len(), page.next), (2, 9));
-    }
-
-    #[test]
-    fn partial_blocks_are_shared_only_as_the_last_of_both() {
-        let share = |block, dst_block, count| Share {
-            block,
-            dst_block,
-            count,
-        };
-        let ok = |same, range, from, to| check(same, &range, from, to).is_ok();
-        assert!(ok(false, share(0, 0, 2), 2 * B, 2 * B));
-        assert!(ok(false, share(0, 5, 2), B + 512, 6 * B + 512));
-        assert!(!ok(false, share(0, 5, 2), B + 512, 7 * B));
-        assert!(!ok(false, share(0, 5, 2), 2 * B, 6 * B + 512));
-        assert!(!ok(false, share(0, 0, 0), B, B));
-        assert!(!ok(false, share(u64::MAX, 0, 2), B, B));
-        assert!(!ok(true, share(0, 1, 2), 9 * B, 9 * B));
-        assert!(ok(true, share(0, 2, 2), 9 * B, 9 * B));
-    }
-}
+mod tests;

@@ -5,7 +5,8 @@
 //! 1. Only what cannot be the contents of a disk by chance is taken for a format.
 //! 2. A guest writes what it likes into a raw disk, such as the header of another format with
 //!    the name of a file on the host. So where the name of a file and its contents disagree, it is
-//!    refused until the user says what it is.
+//!    refused until the user says what it is. The footer of a VHD is where no guest writes, so
+//!    it counts more than what the guest has at the beginning.
 
 use std::sync::Arc;
 
@@ -35,13 +36,26 @@ pub fn probe(source: &dyn Source) -> Result<Format> {
     })
 }
 
+/// As [`probe`], of a file whose name ends in `extension`: what is named as a VHD and ends like one
+/// is one, whatever a guest wrote to its first sector.
+///
+/// # Errors
+/// `Io`.
+pub fn probe_named(source: &dyn Source, extension: Option<&str>) -> Result<Format> {
+    let promised = extension.and_then(Format::named);
+    if promised == Some(Format::Vhd) && vhd::footer(source).is_ok_and(|(_, _, copy)| !copy) {
+        return Ok(Format::Vhd);
+    }
+    probe(source)
+}
+
 /// The format of an image whose file name ends in `extension`.
 ///
 /// # Errors
-/// `Corrupt` if the name promises a format and the contents are not of it; `Invalid` if the name
-/// says raw and the contents look like another format; `Io`.
+/// `Corrupt` if the name promises a format and the contents are of none; `Invalid` if the contents
+/// look like another format than the name says; `Io`.
 pub fn choose(source: &dyn Source, extension: Option<&str>) -> Result<Format> {
-    let found = probe(source)?;
+    let found = probe_named(source, extension)?;
     let promised = extension.and_then(Format::named);
     match (promised, found) {
         (_, Format::Raw) if source.is_empty() => Err(broken("the file is empty")),
@@ -55,14 +69,31 @@ pub fn choose(source: &dyn Source, extension: Option<&str>) -> Result<Format> {
         (Some(Format::Raw), Format::Vmdk) if extension != Some("raw") && is_sparse(source) => {
             Ok(found)
         }
-        (Some(Format::Raw), found) if found != Format::Raw => Err(Error::new(
+        (Some(promised), found) if promised != found => Err(Error::new(
             Kind::Invalid,
             format!(
-                "the name says raw, and the contents look like {found}, which a guest may have \
-                 written: say which it is, --from raw or --from {found}"
+                "the name says {promised}, and the contents look like {found}, which a guest may \
+                 have written: say which it is, --from {promised} or --from {found}"
             ),
         )),
         (_, found) => Ok(found),
+    }
+}
+
+/// The format of a disk of the host: raw, which a guest may have filled with anything.
+///
+/// # Errors
+/// `Invalid` if its contents look like another format; `Io`.
+pub fn choose_device(source: &dyn Source) -> Result<Format> {
+    match probe(source)? {
+        Format::Raw => Ok(Format::Raw),
+        found => Err(Error::new(
+            Kind::Invalid,
+            format!(
+                "it is a block device, and its contents look like {found}, which a guest may have \
+                 written: say which it is, --from raw or --from {found}"
+            ),
+        )),
     }
 }
 
@@ -122,5 +153,27 @@ mod tests {
         assert_eq!(choose(&zeros, "iso"), Some(Format::Raw));
         assert_eq!(choose(&zeros, "vhd"), None);
         assert_eq!(choose(&Vec::new(), "img"), None);
+        for name in ["vmdk", "vdi", "vhd", "vhdx"] {
+            assert_eq!(choose(&qcow2, name), None, "{name}");
+        }
+    }
+
+    #[test]
+    fn what_a_guest_writes_to_a_fixed_vhd_or_a_device_makes_it_no_other_image() {
+        let mut disk = vec![0; 4096];
+        disk[..4].copy_from_slice(&qcow2::MAGIC);
+        assert!(choose_device(&disk).is_err());
+        assert_eq!(choose_device(&vec![0; 4096]).ok(), Some(Format::Raw));
+        let mut footer = vec![0; 512];
+        footer[..8].copy_from_slice(&vhd::COOKIE);
+        footer[12..16].copy_from_slice(&[0, 1, 0, 0]);
+        footer[63] = 2;
+        let sum = vhd::checksum(&footer, 64);
+        footer[64..68].copy_from_slice(&[24, 16, 8, 0].map(|shift| (sum >> shift) as u8));
+        disk.extend_from_slice(&footer);
+        for name in ["vhd", "vpc", "avhd"] {
+            assert_eq!(choose(&disk, Some(name)).ok(), Some(Format::Vhd), "{name}");
+        }
+        assert!(choose(&disk, Some("vmdk")).is_err());
     }
 }

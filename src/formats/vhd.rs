@@ -26,9 +26,9 @@ const HEADER_COOKIE: [u8; 8] = *b"cxsparse";
 /// Bytes of the header of dynamic and differencing images.
 const HEADER_LEN: usize = 1024;
 const VERSION: u32 = 0x0001_0000;
-const FIXED: u32 = 2;
-const DYNAMIC: u32 = 3;
-const DIFFERENCING: u32 = 4;
+pub(crate) const FIXED: u32 = 2;
+pub(crate) const DYNAMIC: u32 = 3;
+pub(crate) const DIFFERENCING: u32 = 4;
 /// Entry of a block that is not there.
 const UNUSED: u32 = u32::MAX;
 /// Largest block that is read: 256 MiB, above what any product writes.

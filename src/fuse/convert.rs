@@ -79,6 +79,7 @@ pub(super) fn handle(handle: FileHandle) -> HandleId {
 pub(super) fn open_flags(flags: i32) -> vfs::OpenFlags {
     vfs::OpenFlags {
         read: OpenFlags(flags).acc_mode() != OpenAccMode::O_WRONLY,
+        write: OpenFlags(flags).acc_mode() != OpenAccMode::O_RDONLY,
         sync: is_sync(flags),
         cached: !is_direct(flags),
     }

@@ -86,6 +86,49 @@ pub fn leads_out(error: &io::Error) -> bool {
     matches!(error.raw_os_error(), Some(libc::EXDEV | libc::ELOOP))
 }
 
+/// Renames a file; what has the new name already stays, and is an error.
+///
+/// # Errors
+/// The system's own; `EEXIST` if there is one of that name.
+pub fn rename_new(from: &Path, to: &Path) -> io::Result<()> {
+    let name = |path: &Path| CString::new(path.as_os_str().as_bytes());
+    let (old, new) = (name(from)?, name(to)?);
+    // SAFETY: both paths have a NUL at their end, and live through the call.
+    let done = unsafe {
+        libc::syscall(
+            libc::SYS_renameat2,
+            libc::AT_FDCWD,
+            old.as_ptr(),
+            libc::AT_FDCWD,
+            new.as_ptr(),
+            libc::RENAME_NOREPLACE,
+        )
+    };
+    if done == 0 {
+        return Ok(());
+    }
+    let error = io::Error::last_os_error();
+    match error.raw_os_error() {
+        // A kernel or a file system that does not know it.
+        Some(libc::ENOSYS | libc::EINVAL) => {
+            std::fs::hard_link(from, to)?;
+            std::fs::remove_file(from)
+        }
+        _ => Err(error),
+    }
+}
+
+/// Opens `path` to read, not what a link there leads to, and never waits for a pipe or a device.
+///
+/// # Errors
+/// The system's own; `ELOOP` for a link.
+pub fn open_itself(path: &Path) -> io::Result<File> {
+    File::options()
+        .read(true)
+        .custom_flags(libc::O_NOFOLLOW | libc::O_NONBLOCK | libc::O_NOCTTY)
+        .open(path)
+}
+
 /// Makes a file to read and write past the page cache; the name must be free.
 ///
 /// # Errors

@@ -22,6 +22,7 @@ const DEPTH_MAX: usize = 256;
 impl Library {
     /// Finds the parents of all images, and the parents of these.
     pub fn resolve(&mut self) {
+        self.settle_extents();
         let mut index = 0;
         // Parents that are found on the way are images as well.
         while index < self.images().len() {
@@ -34,6 +35,8 @@ impl Library {
             }
             index += 1;
         }
+        // Parents may have extents as well.
+        self.settle_extents();
         self.cut_circles();
     }
 
@@ -142,6 +145,7 @@ impl Library {
         let suits = |index: &usize| {
             let image = &images[*index];
             image.what == What::Disk
+                && !image.is_extent
                 && image.id != images[child].id
                 && image.facts.identity == wanted.identity
                 // Content ids are short, and all new disks of QEMU have the same.

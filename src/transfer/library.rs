@@ -8,7 +8,7 @@
 
 use std::collections::{HashMap, HashSet};
 use std::fs::Metadata;
-use std::os::unix::fs::MetadataExt;
+use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -67,6 +67,10 @@ pub struct Image {
     /// Bytes that its files take up on their filesystem.
     pub stored: u64,
     pub(super) id: FileId,
+    /// The user said which format it has.
+    chosen: bool,
+    /// It is a part of another image, and only looks like one.
+    pub(super) is_extent: bool,
 }
 
 /// What could not be read, and why.
@@ -99,8 +103,12 @@ pub struct Library {
     roots: Roots,
     images: Vec<Image>,
     troubles: Vec<Trouble>,
+    /// Images that turned out to be extents of others.
+    left_out: Vec<Trouble>,
     loaded: HashMap<(FileId, Option<Format>), usize>,
-    /// Files that belong to an image of several.
+    /// Files that an image of several names as its own: the image's file, and theirs.
+    named: Vec<(FileId, FileId)>,
+    /// Those of them that belong to an image; settled by [`Library::settle_extents`].
     extents: HashSet<FileId>,
     /// Directories whose entries were looked at.
     pub(super) scanned: HashSet<Spot>,
@@ -143,7 +151,8 @@ impl Library {
     /// What could not be read: neither images nor a part of one.
     pub fn troubles(&self) -> impl Iterator<Item = &Trouble> {
         let relevant = |trouble: &&Trouble| !self.extents.contains(&trouble.id);
-        self.troubles.iter().filter(relevant)
+        let troubles = self.troubles.iter().filter(relevant);
+        troubles.chain(&self.left_out)
     }
 
     /// Adds a file that the user named. `format`: the user said so, and nothing is guessed.
@@ -261,7 +270,8 @@ impl Library {
             self.load_archive(spot, &metadata, source, place)?;
             return Ok(None);
         }
-        let Some(format) = choose(&*source, spot, choice)? else {
+        let device = metadata.file_type().is_block_device();
+        let Some(format) = choose(&*source, spot, choice, device)? else {
             return Ok(None);
         };
         if let Some(index) = self.loaded.get(&(id, Some(format))) {
@@ -271,7 +281,9 @@ impl Library {
         }
         let mut extents = Vec::new();
         let opened = self.open(spot, format, source, &mut extents);
-        self.extents.extend(extents.iter().map(|(id, _)| *id));
+        // A disk of one file that names itself is no extent.
+        let others = extents.iter().filter(|(other, _)| *other != id);
+        self.named.extend(others.map(|(other, _)| (id, *other)));
         let (layer, snapshots) = opened?;
         let image = Image {
             spot: spot.clone(),
@@ -284,6 +296,8 @@ impl Library {
             modified: (metadata.mtime(), metadata.mtime_nsec()),
             stored: metadata.blocks() * 512 + extents.iter().map(|(_, bytes)| bytes).sum::<u64>(),
             id,
+            chosen: place.is_some() && matches!(choice, Choice::Exactly(_)),
+            is_extent: false,
         };
         let index = self.images.len();
         self.loaded.insert((id, Some(format)), index);
@@ -292,6 +306,59 @@ impl Library {
         self.add_snapshots(index, snapshots);
         self.want(index, claimed.as_deref());
         Ok(Some(index))
+    }
+
+    /// Finds out which files are parts of others. What a guest wrote into an extent may look like an
+    /// image, which must become no disk of its own; nor may such an image make others its extents.
+    pub(super) fn settle_extents(&mut self) {
+        let mut owners: HashMap<FileId, HashSet<FileId>> = HashMap::new();
+        let mut parts: HashMap<FileId, Vec<FileId>> = HashMap::new();
+        for (owner, part) in &self.named {
+            if owners.entry(*part).or_default().insert(*owner) {
+                parts.entry(*owner).or_default().push(*part);
+            }
+        }
+        let mut whole: Vec<FileId> = parts.keys().copied().collect();
+        whole.retain(|id| !owners.contains_key(id));
+        self.extents.clear();
+        while let Some(owner) = whole.pop() {
+            for part in parts.remove(&owner).unwrap_or_default() {
+                if !self.extents.insert(part) {
+                    continue;
+                }
+                // What it names itself counts no more.
+                for other in parts.remove(&part).unwrap_or_default() {
+                    let rest = owners.entry(other).or_default();
+                    rest.remove(&part);
+                    if rest.is_empty() && !self.extents.contains(&other) {
+                        whole.push(other);
+                    }
+                }
+            }
+        }
+        // Those that name each other: which is the whole, nobody can tell.
+        self.extents.extend(parts.into_values().flatten());
+        for image in &mut self.images {
+            let suspect = image.facts.format != Format::Raw && !image.chosen;
+            if suspect && self.extents.contains(&image.id) && !image.is_extent {
+                image.is_extent = true;
+                if std::mem::take(&mut image.wanted) && image.what == What::Disk {
+                    self.left_out.push(Trouble {
+                        path: self.roots.show(&image.spot),
+                        error: Error::new(
+                            Kind::Invalid,
+                            format!(
+                                "it looks like {0}, and is an extent of another image: no disk is \
+                                 made of it; if it is one, name it alone, --from {0}",
+                                image.facts.format
+                            ),
+                        ),
+                        place: None,
+                        id: image.id,
+                    });
+                }
+            }
+        }
     }
 
     /// Takes the place of a file that was taken for something else: what a child or the user says
@@ -370,6 +437,8 @@ impl Library {
                 modified: (metadata.mtime(), metadata.mtime_nsec()),
                 stored: archive.disk(number)?.len(),
                 id,
+                chosen: false,
+                is_extent: false,
             });
         }
         self.loaded.insert((id, None), self.images.len());
@@ -519,11 +588,17 @@ fn open_member(archive: &ova::Ova, number: usize) -> Result<Box<dyn Layer>> {
 }
 
 /// The format of a file; `None` if it is no image.
-fn choose(source: &dyn Source, spot: &Spot, choice: Choice) -> Result<Option<Format>> {
+fn choose(
+    source: &dyn Source,
+    spot: &Spot,
+    choice: Choice,
+    device: bool,
+) -> Result<Option<Format>> {
     let extension = spot.extension();
     let extension = extension.as_deref();
     match choice {
         Choice::Exactly(format) => Ok(Some(format)),
+        Choice::Probe if device => probe::choose_device(source).map(Some),
         Choice::Probe => probe::choose(source, extension).map(Some),
         Choice::Scan => {
             let named = extension.and_then(Format::named);
@@ -537,7 +612,7 @@ fn choose(source: &dyn Source, spot: &Spot, choice: Choice) -> Result<Option<For
             probe::choose(source, extension).map(Some)
         }
         Choice::Backing => {
-            let found = probe::probe(source)?;
+            let found = probe::probe_named(source, extension)?;
             if found == Format::Raw || extension.and_then(Format::named) == Some(found) {
                 return Ok(Some(found));
             }

@@ -23,8 +23,6 @@ pub struct Caller {
 pub enum Access {
     /// Read a file.
     Read,
-    /// Write a file.
-    Write,
     /// List a directory and reach what is in it.
     List,
     /// Make entries in a directory.
@@ -47,13 +45,11 @@ impl Caller {
         if self.is_root() {
             return true;
         }
-        let of_file = matches!(access, Access::Read | Access::Write);
-        if !of_file && attr.kind != FileKind::Directory {
+        if access != Access::Read && attr.kind != FileKind::Directory {
             return false;
         }
         let wanted = match access {
             Access::Read => 0o4,
-            Access::Write => 0o2,
             Access::List => 0o5,
             Access::Enter => 0o3,
         };

@@ -11,7 +11,7 @@
 
 use std::sync::atomic::Ordering;
 
-use super::caller::{Access, Caller};
+use super::caller::Caller;
 use super::inodes::Inode;
 use super::{HandleId, Vfs, check_range};
 use crate::engine::Share;
@@ -70,7 +70,8 @@ impl Vfs {
             .clone_range(src, src_offset, dst, dst_offset, len, Time::now())
     }
 
-    /// Shares ranges of blocks of `src` with `dst`, which the caller may write.
+    /// Shares ranges of blocks of `src` with `dst`, which is open for writing. By a handle
+    /// whose changes are durable before they are answered they are.
     ///
     /// # Errors
     /// `Denied`; as [`Pool::share_ranges`](crate::engine::Pool::share_ranges).
@@ -82,11 +83,11 @@ impl Vfs {
         ranges: &[Share],
     ) -> Result<()> {
         self.check_writable()?;
-        // How it was opened is not known here; who may open it for writing may write.
-        if !caller.may(Access::Write, &self.pool.attr(dst)?) {
+        let flags = self.handle_flags(dst_handle, dst);
+        if !flags.write {
             return Err(Error::new(
                 Kind::Denied,
-                "the destination is not writable for the caller",
+                "the destination is not open for writing: open it so",
             ));
         }
         let to = self.opened(dst_handle, dst);
@@ -96,7 +97,8 @@ impl Vfs {
             self.end_pin(&from)?;
         }
         self.end_pin(&to)?;
-        self.pool.share_ranges(src, dst, ranges, Time::now())
+        self.pool.share_ranges(src, dst, ranges, Time::now())?;
+        if flags.sync { self.pool.sync() } else { Ok(()) }
     }
 
     /// Ends the clone in pieces that is made of `inode`, if there is one.

@@ -21,6 +21,8 @@ pub struct HandleId(pub u64);
 pub struct OpenFlags {
     /// It may be read by this handle.
     pub read: bool,
+    /// It may be written by this handle.
+    pub write: bool,
     /// Each change is durable before it is answered.
     pub sync: bool,
     /// What is read by this handle may stay in a page cache.

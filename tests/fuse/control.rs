@@ -5,7 +5,8 @@ use std::os::fd::AsFd;
 use std::os::unix::fs::{FileExt, MetadataExt, PermissionsExt, chown};
 use std::path::Path;
 
-use nodupe::control::{Request, Response, Token, call};
+use nodupe::control::{Request, Response, Shares, Token, call};
+use nodupe::engine::Share;
 use nodupe::error::{Kind, Result};
 
 use crate::fixture::{Mounted, is_root, noise};
@@ -135,6 +136,34 @@ fn bad_requests_are_refused() {
     let write_only = File::options().write(true).open(&gold).unwrap();
     let error = call(write_only.as_fd(), &Request::Token).unwrap_err();
     assert_eq!(error.kind(), Kind::Denied);
+}
+
+#[test]
+fn blocks_are_shared_only_by_a_descriptor_that_may_write() {
+    let Some(mounted) = Mounted::new() else {
+        return;
+    };
+    let (gold, copy) = (mounted.path("gold"), mounted.path("copy"));
+    fs::write(&gold, noise(5, 64 * 4096)).unwrap();
+    File::create(&copy).unwrap().set_len(64 * 4096).unwrap();
+    let share = || Request::Share {
+        source: Some(token(&gold)),
+        ranges: vec![Shares {
+            first: Share {
+                block: 0,
+                dst_block: 0,
+                count: 64,
+            },
+            times: 1,
+            steps: (0, 0),
+        }],
+    };
+    let read_only = File::open(&copy).unwrap();
+    let error = call(read_only.as_fd(), &share()).unwrap_err();
+    assert_eq!(error.kind(), Kind::Denied);
+    let writable = File::options().write(true).open(&copy).unwrap();
+    call(writable.as_fd(), &share()).unwrap();
+    assert!(fs::read(&copy).unwrap() == noise(5, 64 * 4096));
 }
 
 #[test]

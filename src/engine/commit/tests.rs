@@ -8,7 +8,7 @@ use crate::device::{Fault, FaultOp, Repeat, SimDevice};
 use crate::engine::{CreateOptions, FileKind, NewNode, OpenOptions, Pool};
 use crate::error::{Error, Kind};
 use crate::ondisk::record::Record;
-use crate::sync::{mpsc, thread};
+use crate::sync::{Instant, mpsc, thread};
 use crate::units::{Ino, Time};
 
 const MIB: u64 = 1024 * 1024;
@@ -225,4 +225,29 @@ fn a_failed_sync_of_what_was_written_ahead_poisons() {
     assert_ne!(error.kind(), Kind::NoSpace, "{error}");
     assert!(pool.poisoned().is_some());
     assert!(pool.sync().is_err(), "nothing is tried again");
+}
+
+#[test]
+fn what_was_written_ahead_is_synced_also_if_the_next_batch_is_refused() {
+    let (device, pool, ino) = alone();
+    write(&pool, ino, 8, 2);
+    write(&pool, ino, 9, 3); // not foreseen: it waits for a sync
+    device.fail(FaultOp::Write, 1, Fault::NoSpace, Repeat::Forever);
+    let error = pool.sync().expect_err("the host is full");
+    assert_eq!(error.kind(), Kind::NoSpace, "{error}");
+    assert!(pool.commit.state.lock().written.is_none());
+    assert!(pool.is_unsynced(), "the second one waits");
+    assert_eq!(after_crash(&device, ino, 8), Some(2));
+}
+
+#[test]
+fn a_checkpoint_with_a_full_ring_leaves_nothing_unsynced() {
+    let (_device, pool) = new_pool();
+    let ino = create(&pool, "a");
+    fill_ring(&pool, ino);
+    // As if the last batch of the ring had been written ahead.
+    pool.commit.state.lock().written = Some(Instant::now());
+    pool.checkpoint().expect("the device is sound");
+    assert!(!pool.is_unsynced());
+    assert_eq!(pool.unsynced_ms(), 0);
 }

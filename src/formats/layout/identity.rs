@@ -54,9 +54,21 @@ fn vhd(source: &dyn Source, ids: &Ids) -> Result<Edits> {
     let sum = checksum(&bytes, 64);
     bytes[64..68].copy_from_slice(&sum.to_be_bytes());
     let mut edits = vec![(at, bytes.clone())];
-    // All but fixed images have a copy.
-    if footer.data_offset != u64::MAX {
+    // All but fixed images have a copy. What stands there in a fixed one is the guest's.
+    if matches!(footer.kind, vhd::DYNAMIC | vhd::DIFFERENCING) {
+        let copy = read_vec(source, 0, SECTOR as usize)?;
+        if vhd::Footer::decode(&copy).is_none_or(|copy| copy.kind != footer.kind) {
+            return Err(unsupported(
+                "the copy of the footer at the beginning of the VHD is not whole: convert the \
+                 image instead",
+            ));
+        }
         edits.push((0, bytes));
+    } else if footer.kind != vhd::FIXED {
+        return Err(unsupported(format!(
+            "this type of VHD is not known: {}",
+            footer.kind
+        )));
     }
     Ok(edits)
 }

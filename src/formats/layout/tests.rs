@@ -441,3 +441,27 @@ fn new_ids_change_nothing_else() {
         }
     }
 }
+
+#[test]
+fn new_ids_of_a_fixed_vhd_leave_the_first_sector_to_the_guest() {
+    let dir = tempfile::tempdir().unwrap();
+    let ids = spec(Shape::Raw, 0, "").ids;
+    let (bytes, map) = disk(9 << 20, &[(0, 4096)]);
+    let image = |shape| {
+        let path = lay_out(dir.path(), &spec(shape, 9 << 20, "x.vhd"), &bytes, &map);
+        std::fs::read(path).unwrap()
+    };
+    // Some products write zeros, or anything, where no header follows.
+    let mut fixed = image(Shape::VhdFixed);
+    let footer = fixed.len() - 512;
+    fixed[footer + 16..footer + 24].fill(0);
+    let sum = crate::formats::vhd::checksum(&fixed[footer..], 64);
+    fixed[footer + 64..footer + 68].copy_from_slice(&sum.to_be_bytes());
+    let edits = renew(&fixed, Format::Vhd, &ids).unwrap();
+    assert_eq!(edits.len(), 1);
+    assert_eq!(edits[0].0, footer as u64);
+    let mut dynamic = image(Shape::VhdDynamic);
+    assert_eq!(renew(&dynamic, Format::Vhd, &ids).unwrap().len(), 2);
+    dynamic[100] ^= 1;
+    assert!(renew(&dynamic, Format::Vhd, &ids).is_err(), "a broken copy");
+}
