@@ -206,9 +206,10 @@ impl Ring {
         self.ring.submit_and_wait(1).map(drop)
     }
 
-    /// Makes the kernel refuse everything from now on.
+    /// Makes the kernel refuse everything from now on, for want of memory or for good.
     #[cfg(test)]
-    pub(crate) fn fail(&self, error: i32) {
+    pub(crate) fn fail(&self, is_short: bool) {
+        let error = if is_short { libc::EAGAIN } else { libc::EBADF };
         self.broken.set(Some(error));
     }
 }
