@@ -14,9 +14,11 @@ use std::os::unix::fs::FileExt;
 use std::sync::Arc;
 use std::sync::mpsc;
 use std::thread::{Builder, JoinHandle};
+use std::time::Duration;
 
 use super::Bounce;
 use crate::sync::{Condvar, Mutex};
+use crate::sys::memory::Aligned;
 use crate::sys::ring::{Bell, Finished, Ring};
 
 /// Reads of one ring under way at once: more than the device of one machine works on.
@@ -26,6 +28,10 @@ const RING_READS_MAX: u32 = 256;
 const RINGS_MAX: usize = 4;
 /// Threads that read where there is no ring.
 const THREADS: usize = 4;
+/// Calls in a row that a ring may fail, and the time in between: about a second, for memory that is
+/// short to come back.
+const FAILURES_MAX: u32 = 100;
+const FAILURE_PAUSE: Duration = Duration::from_millis(10);
 
 /// Called with the outcome and the buffer.
 pub type ReadDone = Box<dyn FnOnce(io::Result<()>, Bounce) + Send>;
@@ -65,7 +71,7 @@ pub struct ReadQueue {
 #[derive(Debug, Default)]
 struct Shared {
     inbox: Mutex<Inbox>,
-    /// Wakes threads without a ring.
+    /// Wakes threads without a ring, or whose ring has failed.
     more: Condvar,
 }
 
@@ -76,6 +82,16 @@ struct Inbox {
     /// again before they sleep.
     sleeps: Vec<Bell>,
     stop: bool,
+}
+
+impl Inbox {
+    /// Wakes somebody for reads that are left.
+    fn bell_for_rest(&mut self) -> Option<Bell> {
+        match self.reads.is_empty() {
+            true => None,
+            false => self.sleeps.pop(),
+        }
+    }
 }
 
 impl ReadQueue {
@@ -154,9 +170,7 @@ impl ReadQueue {
         if let Some(bell) = bell {
             bell.ring();
         }
-        if !self.is_ring {
-            self.shared.more.notify_all();
-        }
+        self.shared.more.notify_all();
     }
 }
 
@@ -179,7 +193,7 @@ impl Drop for ReadQueue {
     }
 }
 
-fn serve_thread(shared: &Shared, read: &Read) {
+fn serve_thread(shared: &Shared, read: impl Fn(u64, &mut [u8]) -> io::Result<()>) {
     let mut inbox = shared.inbox.lock();
     loop {
         if let Some(mut next) = inbox.reads.pop_front() {
@@ -202,51 +216,104 @@ struct Flight {
     done: ReadDone,
 }
 
-fn serve_ring(mut ring: Ring, file: &File, shared: &Shared) {
-    let bell = ring.bell();
-    let mut waiting: VecDeque<QueuedRead> = VecDeque::new();
-    let mut flights: Vec<Option<Flight>> = (0..RING_READS_MAX).map(|_| None).collect();
-    let mut free: Vec<usize> = (0..flights.len()).collect();
-    let mut finished = Vec::new();
-    loop {
-        let stop = {
+/// What a thread with a ring has in hand.
+struct Rider {
+    ring: Ring,
+    bell: Bell,
+    flights: Vec<Option<Flight>>,
+    /// Places in `flights`, as many as the ring has room for.
+    free: Vec<usize>,
+}
+
+impl Rider {
+    fn new(ring: Ring) -> Self {
+        Self {
+            bell: ring.bell(),
+            ring,
+            flights: (0..RING_READS_MAX).map(|_| None).collect(),
+            free: (0..RING_READS_MAX as usize).collect(),
+        }
+    }
+
+    /// Takes as many reads as the ring has room for. The rest is for another one, or for this one
+    /// later. True if the queue goes.
+    fn take(&mut self, shared: &Shared) -> bool {
+        let (reads, other, stop) = {
             let mut inbox = shared.inbox.lock();
-            waiting.append(&mut inbox.reads);
+            let count = inbox.reads.len().min(self.free.len());
+            let reads: Vec<QueuedRead> = inbox.reads.drain(..count).collect();
+            let other = inbox.bell_for_rest();
             // From now on whoever submits rings.
-            inbox.sleeps.push(bell.clone());
-            inbox.stop
+            inbox.sleeps.push(self.bell.clone());
+            (reads, other, inbox.stop)
         };
-        while ring.has_room()
-            && let Some(tag) = free.pop()
-        {
-            let Some(mut read) = waiting.pop_front() else {
-                free.push(tag);
-                break;
-            };
+        if let Some(other) = other {
+            other.ring();
+        }
+        for mut read in reads {
+            let tag = self.free.pop().expect("there is a place for each");
             let memory = read.buffer.lend();
-            ring.push(tag, read.addr, memory, read.buffer.asked());
-            flights[tag] = Some(Flight {
+            self.ring.push(tag, read.addr, memory, read.buffer.asked());
+            self.flights[tag] = Some(Flight {
                 addr: read.addr,
                 buffer: read.buffer,
                 done: read.done,
             });
         }
-        if stop && ring.under_way() == 0 && waiting.is_empty() {
-            return;
-        }
-        if let Err(error) = ring.wait(&mut finished) {
-            // Not a read failed, the ring did: as bad as a lost thread, and as unlikely.
-            log::error!("io_uring failed, reads may take long: {error}");
-            std::thread::sleep(std::time::Duration::from_millis(10));
-        }
-        shared.inbox.lock().sleeps.retain(|other| !other.is(&bell));
-        for read in finished.drain(..) {
-            if let Some(flight) = flights.get_mut(read.tag).and_then(Option::take) {
-                free.push(read.tag);
-                end(flight, read, file);
+        stop
+    }
+
+    /// Serves until the queue goes: true, or until the ring has failed for good: false.
+    fn serve(&mut self, file: &File, shared: &Shared) -> bool {
+        let mut finished = Vec::new();
+        let mut failures = 0;
+        loop {
+            // A ring that fails takes nothing: others may do better.
+            if failures == 0 && self.take(shared) && self.ring.under_way() == 0 {
+                return true;
+            }
+            let outcome = self.ring.wait(&mut finished);
+            let mut inbox = shared.inbox.lock();
+            inbox.sleeps.retain(|other| !other.is(&self.bell));
+            let other = match outcome {
+                Ok(()) => None,
+                Err(_) => inbox.bell_for_rest(),
+            };
+            drop(inbox);
+            match outcome {
+                Ok(()) => failures = 0,
+                Err(error) if failures == FAILURES_MAX => {
+                    log::error!("io_uring fails, ordinary reads take its place: {error}");
+                    return false;
+                }
+                Err(_) => {
+                    failures += 1;
+                    other.iter().for_each(Bell::ring);
+                    std::thread::sleep(FAILURE_PAUSE);
+                }
+            }
+            for read in finished.drain(..) {
+                if let Some(flight) = self.flights.get_mut(read.tag).and_then(Option::take) {
+                    self.free.push(read.tag);
+                    end(flight, read, file);
+                }
             }
         }
     }
+}
+
+fn serve_ring(ring: Ring, file: &File, shared: &Shared) {
+    let mut rider = Rider::new(ring);
+    if rider.serve(file, shared) {
+        return;
+    }
+    for mut flight in rider.flights.drain(..).flatten() {
+        // The memory that was lent stays with the ring: the kernel may yet write to it.
+        flight.buffer.restore(Aligned::new(flight.buffer.asked()));
+        let outcome = file.read_exact_at(&mut flight.buffer, flight.addr);
+        (flight.done)(outcome, flight.buffer);
+    }
+    serve_thread(shared, |addr, buf: &mut [u8]| file.read_exact_at(buf, addr));
 }
 
 fn end(mut flight: Flight, read: Finished, file: &File) {
@@ -298,6 +365,93 @@ mod tests {
             if good {
                 assert_eq!((bytes[0], bytes[BLOCK_SIZE]), (2, 3));
             }
+        }
+    }
+
+    /// Reads of one block each, of a file as above of `blocks` blocks, which tell what they read.
+    fn reads(
+        count: usize,
+        blocks: u8,
+        tell: &mpsc::Sender<(u8, io::Result<u8>)>,
+    ) -> Vec<QueuedRead> {
+        let buffers = BouncePool::default();
+        let read = |i: usize| {
+            let (block, tell) = ((i % usize::from(blocks)) as u8, tell.clone());
+            QueuedRead {
+                addr: u64::from(block) * BLOCK_SIZE as u64,
+                buffer: buffers.take(BLOCK_SIZE),
+                done: Box::new(move |outcome, buffer| {
+                    let read = outcome.map(|()| buffer[BLOCK_SIZE - 1]);
+                    tell.send((block, read)).expect("it is heard");
+                }),
+            }
+        };
+        (0..count).map(read).collect()
+    }
+
+    fn check(told: &mpsc::Receiver<(u8, io::Result<u8>)>, count: usize) {
+        for _ in 0..count {
+            let (block, read) = told.recv().expect("each is told");
+            assert_eq!(read.expect("the file is sound"), block);
+        }
+    }
+
+    /// None where the kernel or a container forbids it, which is told.
+    fn ring(file: &Arc<File>) -> Option<Ring> {
+        Ring::new(Arc::clone(file), RING_READS_MAX)
+            .inspect_err(|error| eprintln!("cannot run: io_uring is not available here: {error}"))
+            .ok()
+    }
+
+    #[test]
+    fn a_ring_takes_what_it_has_room_for_and_wakes_another() {
+        let file = file(8);
+        let (Some(ours), Some(theirs)) = (ring(&file), ring(&file)) else {
+            return;
+        };
+        let (tell, told) = mpsc::channel();
+        let shared = Shared::default();
+        let count = RING_READS_MAX as usize + 50;
+        shared.inbox.lock().reads.extend(reads(count, 8, &tell));
+        shared.inbox.lock().sleeps.push(theirs.bell());
+        let mut rider = Rider::new(ours);
+        assert!(!rider.take(&shared));
+        {
+            let mut inbox = shared.inbox.lock();
+            assert_eq!(inbox.reads.len(), 50);
+            assert!(matches!(&inbox.sleeps[..], [one] if one.is(&rider.bell)));
+            inbox.sleeps.clear();
+            inbox.stop = true;
+        }
+        assert!(rider.serve(&file, &shared));
+        check(&told, count);
+    }
+
+    #[test]
+    fn reads_of_a_ring_that_fails_are_done_in_the_ordinary_way() {
+        for is_short in [false, true] {
+            let (file, shared) = (file(8), Arc::<Shared>::default());
+            if ring(&file).is_none() {
+                return;
+            }
+            let (tell, told) = mpsc::channel();
+            shared.inbox.lock().reads.extend(reads(300, 8, &tell));
+            let thread = {
+                let (file, shared) = (Arc::clone(&file), Arc::clone(&shared));
+                std::thread::spawn(move || {
+                    let ring = ring(&file).expect("there was one before");
+                    ring.fail(is_short);
+                    serve_ring(ring, &file, &shared);
+                })
+            };
+            check(&told, 300);
+            // It goes on to serve.
+            shared.inbox.lock().reads.extend(reads(10, 8, &tell));
+            shared.more.notify_all();
+            check(&told, 10);
+            shared.inbox.lock().stop = true;
+            shared.more.notify_all();
+            thread.join().expect("it ends well");
         }
     }
 }

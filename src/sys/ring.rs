@@ -10,6 +10,7 @@ use std::fs::File;
 use std::io::{self, Write};
 use std::os::fd::{AsRawFd, FromRawFd};
 use std::sync::Arc;
+use std::time::Duration;
 
 use io_uring::{IoUring, opcode, types};
 
@@ -17,6 +18,8 @@ use super::memory::Aligned;
 
 /// Marks the read of the bell among the completions.
 const BELL: u64 = u64::MAX;
+/// How often a ring that goes waits 10 ms for memory that is short.
+const TRIES_MAX: u32 = 100;
 
 /// Wakes the thread that waits in [`Ring::wait`], from any other.
 #[derive(Clone, Debug)]
@@ -71,6 +74,9 @@ pub struct Ring {
     /// Reads under way, by slot: tag and memory.
     flights: Vec<Option<(usize, Aligned)>>,
     free: Vec<usize>,
+    /// Error that the kernel is made to give.
+    #[cfg(test)]
+    broken: std::cell::Cell<Option<i32>>,
 }
 
 impl std::fmt::Debug for Ring {
@@ -106,6 +112,8 @@ impl Ring {
             armed: false,
             flights: (0..reads_max).map(|_| None).collect(),
             free: (0..reads_max as usize).collect(),
+            #[cfg(test)]
+            broken: std::cell::Cell::default(),
         })
     }
 
@@ -150,7 +158,8 @@ impl Ring {
     /// reads that have ended to `finished`.
     ///
     /// # Errors
-    /// If the kernel refuses: what was pushed stays, and another call tries again.
+    /// If the kernel refuses and no read has ended: what was pushed stays, and another call tries
+    /// again. It may be that memory is short.
     pub fn wait(&mut self, finished: &mut Vec<Finished>) -> io::Result<()> {
         if !self.armed {
             let entry = opcode::Read::new(
@@ -163,14 +172,14 @@ impl Ring {
             self.enter(&entry);
             self.armed = true;
         }
-        match self.ring.submit_and_wait(1) {
-            Ok(_) => {}
-            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-            // The completion queue is full, or memory is short: look what has ended.
-            Err(error) if matches!(error.raw_os_error(), Some(libc::EBUSY | libc::EAGAIN)) => {}
-            Err(error) => return Err(error),
-        }
+        let outcome = match self.submit() {
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => Ok(()),
+            outcome => outcome,
+        };
+        // Also if the kernel refused: its queue may be full of what has ended.
+        let mut ended = 0;
         for entry in self.ring.completion() {
+            ended += 1;
             if entry.user_data() == BELL {
                 self.armed = false;
                 continue;
@@ -186,7 +195,22 @@ impl Ring {
             };
             finished.push(Finished { tag, memory, read });
         }
-        Ok(())
+        if ended > 0 { Ok(()) } else { outcome }
+    }
+
+    fn submit(&self) -> io::Result<()> {
+        #[cfg(test)]
+        if let Some(error) = self.broken.get() {
+            return Err(io::Error::from_raw_os_error(error));
+        }
+        self.ring.submit_and_wait(1).map(drop)
+    }
+
+    /// Makes the kernel refuse everything from now on, for want of memory or for good.
+    #[cfg(test)]
+    pub(crate) fn fail(&self, is_short: bool) {
+        let error = if is_short { libc::EAGAIN } else { libc::EBADF };
+        self.broken.set(Some(error));
     }
 }
 
@@ -195,8 +219,15 @@ impl Drop for Ring {
         // I1: nothing of it may be freed while the kernel writes to it.
         self.bell.ring();
         let mut finished = Vec::new();
+        let mut tries = 0;
         while self.under_way() > 0 || self.armed {
             if let Err(error) = self.wait_again(&mut finished) {
+                tries += 1;
+                let short = matches!(error.raw_os_error(), Some(libc::EBUSY | libc::EAGAIN));
+                if short && tries < TRIES_MAX {
+                    std::thread::sleep(Duration::from_millis(10));
+                    continue;
+                }
                 log::error!("reads under way cannot be waited for: {error}");
                 std::mem::forget(std::mem::take(&mut self.flights));
                 std::mem::forget(std::mem::replace(&mut self.rung, Box::new([0; 8])));
