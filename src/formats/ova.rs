@@ -6,7 +6,7 @@
 //! Invariants:
 //!
 //! 1. A name in the archive is compared with other names of the archive, and never opened.
-//! 2. Every member lies within the file. What the OVF may ask for is bounded by [`OVF_MAX`].
+//! 2. Every member lies within the file. What the OVF may ask for is bounded by `OVF_MAX`.
 //! 3. XML that declares anything is refused: nothing here expands.
 
 use std::collections::HashMap;

@@ -3,7 +3,7 @@
 //! Invariants:
 //!
 //! 1. A read is whole or an error: what lies behind the end of a file is never taken for zeros.
-//! 2. [`Pages`] holds at most [`PAGES_MAX`] pages, whatever the tables claim.
+//! 2. [`Pages`] holds at most `PAGES_MAX` pages, whatever the tables claim.
 
 use std::fmt;
 use std::fs::File;

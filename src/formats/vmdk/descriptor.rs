@@ -6,7 +6,7 @@
 //!
 //! 1. Total: any bytes give a description or an error. Unknown keys are ignored, as all products
 //!    write some of their own.
-//! 2. At most [`EXTENTS_MAX`] extents, whose sizes add up without overflow.
+//! 2. At most `EXTENTS_MAX` extents, whose sizes add up without overflow.
 
 use crate::error::Result;
 use crate::formats::{broken, unsupported};
