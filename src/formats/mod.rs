@@ -247,16 +247,27 @@ pub trait Layer: Send + Sync + fmt::Debug {
     fn read(&self, offset: u64, buf: &mut [u8]) -> Result<()> {
         let mut done = 0;
         while done < buf.len() {
-            let rest = &mut buf[done..];
-            let run = self.run(offset + done as u64, rest.len() as u64)?;
-            let Content::Data { source, at } = run.content else {
-                return Err(broken("a range without data was read"));
-            };
-            let len = run.len as usize;
-            self.sources()[source].read_at(at, &mut rest[..len])?;
-            done += len;
+            let (offset, rest) = (offset + done as u64, &mut buf[done..]);
+            let run = self.run(offset, rest.len() as u64)?;
+            let part = &mut rest[..run.len as usize];
+            match run.content {
+                Content::Data { source, at } => self.sources()[source].read_at(at, part)?,
+                Content::Packed => self.read_packed(offset, part)?,
+                Content::Absent | Content::Zero => {
+                    return Err(broken("a range without data was read"));
+                }
+            }
+            done += run.len as usize;
         }
         Ok(())
+    }
+
+    /// Unpacks a range within one `Packed` run; only for formats that have such runs.
+    ///
+    /// # Errors
+    /// `Corrupt` if it does not unpack; `Io`.
+    fn read_packed(&self, _offset: u64, _out: &mut [u8]) -> Result<()> {
+        Err(broken("a range is not compressed after all"))
     }
 }
 
@@ -272,4 +283,27 @@ pub(crate) fn broken(what: impl Into<String>) -> Error {
 /// An image that this program does not read.
 pub(crate) fn unsupported(what: impl Into<String>) -> Error {
     Error::new(Kind::Unsupported, what)
+}
+
+/// What tests of several formats use.
+#[cfg(test)]
+pub(crate) mod testing {
+    use super::{Result, Source};
+
+    /// A file that holds these bytes and claims to be this long.
+    #[derive(Debug)]
+    pub(crate) struct Long(pub(crate) Vec<u8>, pub(crate) u64);
+
+    impl Source for Long {
+        fn len(&self) -> u64 {
+            self.1
+        }
+
+        fn read_at(&self, offset: u64, buf: &mut [u8]) -> Result<()> {
+            for (i, byte) in buf.iter_mut().enumerate() {
+                *byte = self.0.get(offset as usize + i).copied().unwrap_or(0);
+            }
+            Ok(())
+        }
+    }
 }

@@ -206,23 +206,7 @@ impl Layer for Vdi {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    /// A dynamic image of two blocks of 4 KiB in a file that claims `len` bytes.
-    #[derive(Debug)]
-    struct Long(Vec<u8>, u64);
-
-    impl Source for Long {
-        fn len(&self) -> u64 {
-            self.1
-        }
-
-        fn read_at(&self, offset: u64, buf: &mut [u8]) -> Result<()> {
-            for (i, byte) in buf.iter_mut().enumerate() {
-                *byte = self.0.get(offset as usize + i).copied().unwrap_or(0);
-            }
-            Ok(())
-        }
-    }
+    use crate::formats::testing::Long;
 
     fn open(blocks: [u32; 2], len: u64) -> Result<Vdi> {
         let mut bytes = vec![0; 1024];

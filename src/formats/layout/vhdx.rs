@@ -13,6 +13,10 @@ use super::{
 };
 use crate::error::Result;
 use crate::formats::vhdx::MAGIC;
+use crate::formats::vhdx::metadata::{
+    self, DISK_ID, DISK_SIZE, FILE_PARAMETERS, LOCATOR_TYPE, LOGICAL_SECTOR, PARENT_LOCATOR,
+    PHYSICAL_SECTOR,
+};
 use crate::formats::{Identity, Uuid, unsupported};
 use crate::ondisk::crc32c;
 
@@ -25,16 +29,6 @@ const BAT: u64 = 3 * MIB;
 const SIZE_MAX: u64 = 64 << 40;
 /// Blocks of 2 MiB up to this size of the disk, of 32 MiB above: a block table of 4 MiB.
 const SMALL_MAX: u64 = 1 << 40;
-
-const BAT_ID: &str = "2dc27766f62342009d64115e9bfd4a08";
-const METADATA_ID: &str = "8b7ca20647904b9ab8fe575f050f886e";
-const FILE_PARAMETERS: &str = "caa16737fa364d43b3b633f0aa44e76b";
-const DISK_SIZE: &str = "2fa54224cd1b4876b2115dbed83bf4b8";
-const DISK_ID: &str = "beca12abb2e6452393efc309e000c746";
-const LOGICAL_SECTOR: &str = "8141bf1da96f4709ba47f233a8faab5f";
-const PHYSICAL_SECTOR: &str = "cda348c7445d44719cc9e9885251c556";
-const PARENT_LOCATOR: &str = "a8d35f2db30b454dabf7d3d84834ab0c";
-const LOCATOR_TYPE: &str = "b04aefb7d19e4a81b78925b8e9445913";
 
 const FULL: u64 = 6;
 const PARTIAL: u64 = 7;
@@ -156,7 +150,10 @@ fn regions(bat_len: u64) -> Vec<u8> {
     let mut bytes = vec![0; TABLE_LEN];
     put(&mut bytes, 0, b"regi");
     put(&mut bytes, 8, &2_u32.to_le_bytes());
-    let entries = [(BAT_ID, BAT, bat_len), (METADATA_ID, METADATA, MIB)];
+    let entries = [
+        (metadata::BAT, BAT, bat_len),
+        (metadata::METADATA, METADATA, MIB),
+    ];
     for (i, (id, at, len)) in entries.into_iter().enumerate() {
         let entry = 16 + i * 32;
         put(&mut bytes, entry, &guid(id));

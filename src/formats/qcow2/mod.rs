@@ -373,28 +373,13 @@ impl Layer for Qcow2 {
         Ok(Run { len, content })
     }
 
-    fn read(&self, offset: u64, buf: &mut [u8]) -> Result<()> {
-        let mut done = 0;
-        while done < buf.len() {
-            let (at, rest) = (offset + done as u64, &mut buf[done..]);
-            let run = self.run(at, rest.len() as u64)?;
-            let part = &mut rest[..run.len as usize];
-            match run.content {
-                Content::Data { source, at } => self.sources[source].read_at(at, part)?,
-                Content::Packed => {
-                    let Cluster::Packed(entry) = self.cluster(at)? else {
-                        return Err(broken("a cluster is not compressed after all"));
-                    };
-                    let bytes = self.unpack(entry)?;
-                    let skip = (at % self.cluster_size()) as usize;
-                    part.copy_from_slice(&bytes[skip..skip + part.len()]);
-                }
-                Content::Absent | Content::Zero => {
-                    return Err(broken("a range without data was read"));
-                }
-            }
-            done += run.len as usize;
-        }
+    fn read_packed(&self, offset: u64, out: &mut [u8]) -> Result<()> {
+        let Cluster::Packed(entry) = self.cluster(offset)? else {
+            return Err(broken("a cluster is not compressed after all"));
+        };
+        let bytes = self.unpack(entry)?;
+        let skip = (offset % self.cluster_size()) as usize;
+        out.copy_from_slice(&bytes[skip..skip + out.len()]);
         Ok(())
     }
 }

@@ -27,15 +27,15 @@ const ITEM_MAX: u32 = 1 << 20;
 /// Largest disk.
 const SIZE_MAX: u64 = 64 << 40;
 
-const BAT: &str = "2dc27766f62342009d64115e9bfd4a08";
-const METADATA: &str = "8b7ca20647904b9ab8fe575f050f886e";
-const FILE_PARAMETERS: &str = "caa16737fa364d43b3b633f0aa44e76b";
-const DISK_SIZE: &str = "2fa54224cd1b4876b2115dbed83bf4b8";
-const DISK_ID: &str = "beca12abb2e6452393efc309e000c746";
-const LOGICAL_SECTOR: &str = "8141bf1da96f4709ba47f233a8faab5f";
-const PHYSICAL_SECTOR: &str = "cda348c7445d44719cc9e9885251c556";
-const PARENT_LOCATOR: &str = "a8d35f2db30b454dabf7d3d84834ab0c";
-const LOCATOR_TYPE: &str = "b04aefb7d19e4a81b78925b8e9445913";
+pub(in crate::formats) const BAT: &str = "2dc27766f62342009d64115e9bfd4a08";
+pub(in crate::formats) const METADATA: &str = "8b7ca20647904b9ab8fe575f050f886e";
+pub(in crate::formats) const FILE_PARAMETERS: &str = "caa16737fa364d43b3b633f0aa44e76b";
+pub(in crate::formats) const DISK_SIZE: &str = "2fa54224cd1b4876b2115dbed83bf4b8";
+pub(in crate::formats) const DISK_ID: &str = "beca12abb2e6452393efc309e000c746";
+pub(in crate::formats) const LOGICAL_SECTOR: &str = "8141bf1da96f4709ba47f233a8faab5f";
+pub(in crate::formats) const PHYSICAL_SECTOR: &str = "cda348c7445d44719cc9e9885251c556";
+pub(in crate::formats) const PARENT_LOCATOR: &str = "a8d35f2db30b454dabf7d3d84834ab0c";
+pub(in crate::formats) const LOCATOR_TYPE: &str = "b04aefb7d19e4a81b78925b8e9445913";
 
 /// What the newer valid header says.
 #[derive(Debug)]

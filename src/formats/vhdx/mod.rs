@@ -12,7 +12,7 @@
 use std::sync::Arc;
 
 mod log;
-mod metadata;
+pub(super) mod metadata;
 
 use super::source::{check_range, read_vec};
 use super::{Content, Facts, Format, Identity, Layer, Pages, Run, Source, broken, unsupported};
@@ -269,23 +269,7 @@ impl Layer for Vhdx {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    /// A hole of this length.
-    #[derive(Debug)]
-    struct Long(Vec<u8>, u64);
-
-    impl Source for Long {
-        fn len(&self) -> u64 {
-            self.1
-        }
-
-        fn read_at(&self, offset: u64, buf: &mut [u8]) -> Result<()> {
-            for (i, byte) in buf.iter_mut().enumerate() {
-                *byte = self.0.get(offset as usize + i).copied().unwrap_or(0);
-            }
-            Ok(())
-        }
-    }
+    use crate::formats::testing::Long;
 
     #[test]
     fn a_file_longer_than_any_is_refused_before_memory_is_taken() {

@@ -319,22 +319,8 @@ impl Layer for Vmdk {
         })
     }
 
-    fn read(&self, offset: u64, buf: &mut [u8]) -> Result<()> {
-        let mut done = 0;
-        while done < buf.len() {
-            let (at, rest) = (offset + done as u64, &mut buf[done..]);
-            let run = self.run(at, rest.len() as u64)?;
-            let part = &mut rest[..run.len as usize];
-            match run.content {
-                Content::Data { source, at } => self.sources[source].read_at(at, part)?,
-                Content::Packed => self.unpack(at, part)?,
-                Content::Absent | Content::Zero => {
-                    return Err(broken("a range without data was read"));
-                }
-            }
-            done += run.len as usize;
-        }
-        Ok(())
+    fn read_packed(&self, offset: u64, out: &mut [u8]) -> Result<()> {
+        self.unpack(offset, out)
     }
 }
 
