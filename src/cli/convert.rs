@@ -12,11 +12,11 @@ use nodupe::formats::layout::{Held, Ids, Plan, Shape, Spec};
 use serde_json::json;
 
 use super::failure::{Failure, Result};
-use super::identity;
 use super::image::{self, Image};
 use super::output::{Output, clean, show};
 use super::sharing::{Counts, Sharing};
 use super::size;
+use super::unnamed;
 
 const EXAMPLE: &str = "\
 Examples:
@@ -215,8 +215,7 @@ pub(super) fn make(
     plan: &Plan,
     mut write: impl FnMut(&nodupe::formats::layout::PlannedFile, &File, Counts) -> Written,
 ) -> Written {
-    let into =
-        File::open(dir).map_err(|error| Error::io(format!("cannot open {}", show(dir)), error))?;
+    unnamed::clean(dir);
     let name_of = |planned: &nodupe::formats::layout::PlannedFile| {
         let name = match &planned.name {
             Some(name) => Some(name.as_str()),
@@ -237,14 +236,14 @@ pub(super) fn make(
     let mut counts = Counts::default();
     let mut files = Vec::new();
     for planned in &plan.files {
-        let file = identity::nameless(dir)?;
+        let file = unnamed::create(dir, 0o666, false)?;
         file.set_len(planned.len)
             .map_err(|error| Error::io("cannot make a file of that size", error))?;
         counts = write(planned, &file, counts)?;
         files.push((file, name_of(planned)?));
     }
     for (i, (file, name)) in files.iter().enumerate() {
-        if let Err(error) = identity::publish(file, &into, name, false) {
+        if let Err(error) = unnamed::publish(file, dir, name, false) {
             for (_, name) in &files[..i] {
                 // Made a moment ago, and of no use without the others.
                 drop(fs::remove_file(dir.join(name)));

@@ -6,17 +6,14 @@
 
 use std::fs::{self, File, Permissions};
 use std::io;
-use std::os::fd::AsFd;
 use std::os::unix::fs::{FileExt, PermissionsExt};
 use std::path::Path;
 
-use nodupe::control::{self, Request, Response};
 use nodupe::error::{Error, Kind, Result};
 use nodupe::formats::FileSource;
 use nodupe::formats::layout::{Ids, renew};
-use nodupe::sys;
 
-use super::image;
+use super::{image, unnamed};
 
 /// Makes a clone of `src` with new ids: `name` in `dir`, a directory of the same mounted pool.
 pub(super) fn clone(src: &Path, dir: &Path, name: &str, preserve: bool) -> Result<()> {
@@ -24,7 +21,7 @@ pub(super) fn clone(src: &Path, dir: &Path, name: &str, preserve: bool) -> Resul
         let failed = |error| Error::io(format!("cannot open {}", path.display()), error);
         File::open(path).map_err(failed)
     };
-    let (source, into) = (opened(src)?, opened(dir)?);
+    let source = opened(src)?;
     let is_file = source.metadata().is_ok_and(|metadata| metadata.is_file());
     if !is_file {
         return Err(Error::new(
@@ -46,8 +43,8 @@ pub(super) fn clone(src: &Path, dir: &Path, name: &str, preserve: bool) -> Resul
     };
     // Refused before anything is made.
     renew(&bytes, format, &Ids::random()?)?;
-    let hidden = hidden()?;
-    publish(&opened(src)?, &into, &hidden, preserve)?;
+    let hidden = unnamed::hidden(".nodupe-")?;
+    unnamed::publish(&opened(src)?, dir, &hidden, preserve)?;
     let path = dir.join(&hidden);
     let file = writable(&path);
     let removed = fs::remove_file(&path);
@@ -59,7 +56,7 @@ pub(super) fn clone(src: &Path, dir: &Path, name: &str, preserve: bool) -> Resul
         file.write_all_at(&edit, at).map_err(failed)?;
     }
     file.set_permissions(permissions).map_err(failed)?;
-    publish(&file, &into, name, preserve)
+    unnamed::publish(&file, dir, name, preserve)
 }
 
 /// Opens a file of ours to write, whatever its mode, and tells the mode that it had.
@@ -68,45 +65,6 @@ fn writable(path: &Path) -> io::Result<(File, Permissions)> {
     fs::set_permissions(path, Permissions::from_mode(0o600))?;
     let file = File::options().read(true).write(true).open(path)?;
     Ok((file, before))
-}
-
-/// A name that nobody uses.
-fn hidden() -> Result<String> {
-    let random = sys::control::random()
-        .map_err(|error| Error::io("no random numbers from the system", error))?;
-    let digits: String = random.iter().map(|byte| format!("{byte:02x}")).collect();
-    Ok(format!(".nodupe-{digits}"))
-}
-
-/// Gives what was written to `file` the name `name` in `dir`, which is in the same mounted pool.
-pub(super) fn publish(file: &File, dir: &File, name: &str, preserve: bool) -> Result<()> {
-    let Response::Token(source) = control::call(file.as_fd(), &Request::Token)? else {
-        return Err(Error::new(
-            Kind::Io,
-            "the daemon of the datastore answers nonsense: use the same version for both",
-        ));
-    };
-    let request = Request::Clone {
-        source,
-        name: name.to_owned(),
-        count: None,
-        preserve,
-    };
-    control::call(dir.as_fd(), &request).map(drop)
-}
-
-/// A new file in `dir` that has no name: whatever ends this process takes it away.
-pub(super) fn nameless(dir: &Path) -> Result<File> {
-    let path = dir.join(hidden()?);
-    let failed = |error| Error::io(format!("cannot make a file in {}", dir.display()), error);
-    let file = File::options()
-        .read(true)
-        .write(true)
-        .create_new(true)
-        .open(&path)
-        .map_err(failed)?;
-    fs::remove_file(&path).map_err(failed)?;
-    Ok(file)
 }
 
 #[cfg(test)]

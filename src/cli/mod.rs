@@ -40,6 +40,7 @@ mod size;
 mod target;
 mod tree;
 mod umount;
+mod unnamed;
 mod warn;
 
 use failure::Failure;

@@ -129,17 +129,17 @@ pub fn open_itself(path: &Path) -> io::Result<File> {
         .open(path)
 }
 
-/// Makes a file to read and write past the page cache; the name must be free.
+/// Makes a file to read and write, `direct`: past the page cache; the name must be free.
 ///
 /// # Errors
 /// The system's own.
-pub fn create_direct(path: &Path, mode: u32) -> io::Result<File> {
+pub fn create_new(path: &Path, mode: u32, direct: bool) -> io::Result<File> {
     File::options()
         .read(true)
         .write(true)
         .create_new(true)
         .mode(mode)
-        .custom_flags(libc::O_DIRECT)
+        .custom_flags(if direct { libc::O_DIRECT } else { 0 })
         .open(path)
 }
 

@@ -22,7 +22,7 @@ use nodupe::transfer::{self, Filled, Held, Image, Library, Parent, Twins, What};
 
 use super::super::failure;
 use super::super::output::Output;
-use super::unnamed;
+use super::super::unnamed;
 
 /// Threads that read and write one image.
 const WORKERS: usize = 4;
@@ -280,7 +280,7 @@ impl<'a> Maker<'a> {
             What::Snapshot(..) => Box::new(Whole::new(self.library.disk(index)?)),
             _ => self.library.layer(index)?,
         };
-        let disk = Arc::new(unnamed::create(self.dir, image.mode)?);
+        let disk = Arc::new(unnamed::create(self.dir, image.mode, true)?);
         if let Some(base) = base {
             copy_all(base, &disk, size)?;
         }
@@ -303,7 +303,7 @@ impl<'a> Maker<'a> {
             .map_err(|error| Error::io(format!("cannot make {}", dir.display()), error))?;
         let format = self.format.unwrap_or(image.facts.format);
         if format == Format::Raw {
-            unnamed::publish(disk, dir, &name)?;
+            unnamed::publish(disk, dir, &name, false)?;
             return keep_time(path, image);
         }
         let plan = Plan::new(
@@ -311,12 +311,12 @@ impl<'a> Maker<'a> {
             &data_ranges(disk, image.facts.size)?,
         )?;
         for planned in &plan.files {
-            let file = unnamed::create(self.dir, image.mode)?;
+            let file = unnamed::create(self.dir, image.mode, true)?;
             file.set_len(planned.len).map_err(cannot_write)?;
             let mut sink = FileSink { file: &file, disk };
             planned.emit(image.facts.size, &mut sink)?;
             let name = planned.name.as_deref().unwrap_or(&name);
-            unnamed::publish(&file, dir, name)?;
+            unnamed::publish(&file, dir, name, false)?;
             keep_time(&dir.join(name), image)?;
         }
         Ok(())

@@ -21,7 +21,6 @@ use super::output::{self, Output, show};
 
 mod make;
 mod report;
-mod unnamed;
 
 use make::Maker;
 

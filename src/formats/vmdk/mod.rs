@@ -320,13 +320,6 @@ impl Layer for Vmdk {
     }
 
     fn read_packed(&self, offset: u64, out: &mut [u8]) -> Result<()> {
-        self.unpack(offset, out)
-    }
-}
-
-impl Vmdk {
-    /// Reads a part of one compressed grain.
-    fn unpack(&self, offset: u64, part: &mut [u8]) -> Result<()> {
         let extent = self.extent(offset);
         let inside = offset - extent.start;
         let Body::Sparse(sparse) = &extent.body else {
@@ -338,7 +331,7 @@ impl Vmdk {
         };
         let bytes = sparse.unpack(index, at)?;
         let skip = (inside % sparse.grain) as usize;
-        part.copy_from_slice(&bytes[skip..skip + part.len()]);
+        out.copy_from_slice(&bytes[skip..skip + out.len()]);
         Ok(())
     }
 }

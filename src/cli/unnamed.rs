@@ -20,14 +20,19 @@ use nodupe::vfs::UNNAMED_PREFIX as PREFIX;
 /// Age at which a hidden name belongs to nobody who lives: it is there for microseconds.
 const AGE: Duration = Duration::from_secs(60);
 
-/// A new file without a name, on the filesystem of `dir`.
-pub(super) fn create(dir: &Path, mode: u32) -> Result<File> {
+/// A name that nobody uses, which begins so.
+pub(super) fn hidden(prefix: &str) -> Result<String> {
     let random = sys::control::random()
         .map_err(|error| Error::io("no random numbers from the system", error))?;
     let digits: String = random.iter().map(|byte| format!("{byte:02x}")).collect();
-    let path = dir.join(format!("{PREFIX}{digits}"));
+    Ok(format!("{prefix}{digits}"))
+}
+
+/// A new file without a name, on the filesystem of `dir`. `direct`: written past the page cache.
+pub(super) fn create(dir: &Path, mode: u32, direct: bool) -> Result<File> {
+    let path = dir.join(hidden(PREFIX)?);
     let failed = |error| Error::io(format!("cannot make a file in {}", dir.display()), error);
-    let file = files::create_direct(&path, mode).map_err(failed)?;
+    let file = files::create_new(&path, mode, direct).map_err(failed)?;
     // The daemon took the name away already. The kernel has to learn it, or it keeps the file.
     match fs::remove_file(&path) {
         Err(error) if error.kind() != std::io::ErrorKind::NotFound => Err(failed(error)),
@@ -35,8 +40,8 @@ pub(super) fn create(dir: &Path, mode: u32) -> Result<File> {
     }
 }
 
-/// Gives the contents of `file` the name `name` in `dir`.
-pub(super) fn publish(file: &File, dir: &Path, name: &str) -> Result<()> {
+/// Gives the contents of `file` the name `name` in `dir`. `preserve`: with its owner, mode and times.
+pub(super) fn publish(file: &File, dir: &Path, name: &str, preserve: bool) -> Result<()> {
     let into = File::open(dir)
         .map_err(|error| Error::io(format!("cannot open {}", dir.display()), error))?;
     let Response::Token(source) = control::call(file.as_fd(), &Request::Token)? else {
@@ -49,12 +54,12 @@ pub(super) fn publish(file: &File, dir: &Path, name: &str) -> Result<()> {
         source,
         name: name.to_owned(),
         count: None,
-        preserve: false,
+        preserve,
     };
     control::call(into.as_fd(), &request).map(drop)
 }
 
-/// Removes what imports left that were killed in the wrong microsecond.
+/// Removes what imports and conversions left that were killed in the wrong microsecond.
 pub(super) fn clean(dir: &Path) {
     for entry in fs::read_dir(dir).into_iter().flatten().flatten() {
         let Ok(metadata) = entry.metadata() else {
