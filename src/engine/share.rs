@@ -27,7 +27,7 @@ use super::stage::{Stage, TOUCH_COST, record_cost};
 const B: u64 = BLOCK_SIZE as u64;
 /// Ranges that are shared under one hold of the locks.
 const STEP_RANGES: usize = 64;
-/// Extents of the source that are shared under one hold of the locks: some milliseconds.
+/// Extents of the source that are shared under one hold of the locks, which others wait for.
 pub(crate) const STEP_EXTENTS: u64 = 512;
 /// Extents of the destination that one record replaces: what is removed at once elsewhere.
 const REPLACED_MAX: u64 = DETACH_ABOVE;
