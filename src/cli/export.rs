@@ -193,7 +193,7 @@ fn made(args: &Export) -> Result<Made> {
     }
     let subformat = match (format, args.subformat.as_deref(), &args.backing) {
         (Format::Vmdk, None, _) => Some("monolithicSparse"),
-        (Format::Vhd | Format::Vhdx, None, Some(_)) => Some("dynamic"),
+        (Format::Vhd | Format::Vhdx | Format::Vdi, None, Some(_)) => Some("dynamic"),
         (_, subformat, _) => subformat,
     };
     let shape = Shape::of(format, subformat).map_err(|error| Failure::usage(error.to_string()))?;
@@ -262,6 +262,7 @@ fn against(
             name,
             absolute: None,
             identity: facts.identity,
+            version: facts.version,
             format: facts.format,
         },
         found,

@@ -339,6 +339,7 @@ mod tests {
             name: "gold.img".into(),
             absolute: None,
             identity: None,
+            version: None,
             format: Format::Raw,
         };
         let mut child = empty(Shape::Qcow2, Some(parent));
@@ -368,6 +369,7 @@ mod tests {
             name: "gold.img".into(),
             absolute: None,
             identity: None,
+            version: None,
             format: Format::Raw,
         };
         fs::write(&path, empty(Shape::Qcow2, Some(parent))).unwrap();

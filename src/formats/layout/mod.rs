@@ -179,6 +179,8 @@ pub struct Parent {
     pub absolute: Option<String>,
     /// Its identity; what has none is a raw or qcow2 file.
     pub identity: Option<Identity>,
+    /// Id of its last change, if its format has one: [`Facts::version`](super::Facts::version).
+    pub version: Option<Uuid>,
     /// Its format.
     pub format: Format,
 }
