@@ -27,7 +27,7 @@ mod vhdx;
 mod vmdk;
 
 pub use held::{Held, Holes, Piece, Place};
-pub use identity::{Edits, renew};
+pub use identity::{Edits, renew, renew_descriptor};
 pub use stream::{Progress, compressed_qcow2, stream_optimized};
 
 const ALIGN: u64 = BLOCK_SIZE as u64;
