@@ -156,7 +156,14 @@ impl ImageFile {
         if !metadata.is_file() {
             return Err(refused("it is no regular file"));
         }
-        let source = Arc::new(FileSource::new(file.try_clone().map_err(failed)?)?);
+        let bytes = FileSource::new(file.try_clone().map_err(failed)?)?;
+        let source: Arc<dyn Source> = match control::call(file.as_fd(), &Request::Token) {
+            Ok(_) => Arc::new(Pooled {
+                bytes,
+                file: file.try_clone().map_err(failed)?,
+            }),
+            Err(_) => Arc::new(bytes),
+        };
         let mut opened = Self {
             device: metadata.dev(),
             file,
@@ -259,6 +266,62 @@ impl ImageFile {
             from = told.within.end;
         }
         Ok(None)
+    }
+}
+
+/// A file in a pool, whose daemon knows which blocks are the same without reading them.
+#[derive(Debug)]
+struct Pooled {
+    bytes: FileSource,
+    file: File,
+}
+
+impl Source for Pooled {
+    fn len(&self) -> u64 {
+        self.bytes.len()
+    }
+
+    fn read_at(&self, offset: u64, buf: &mut [u8]) -> Result<()> {
+        self.bytes.read_at(offset, buf)
+    }
+
+    fn data(&self, offset: u64, most: u64) -> Result<(bool, u64)> {
+        self.bytes.data(offset, most)
+    }
+
+    fn repeats(&self, offset: u64, len: u64, stride: u64) -> Result<u64> {
+        let (block, step) = (offset / B, stride / B);
+        let end = (self.len() / B).saturating_sub(step);
+        if !(offset.is_multiple_of(B) && stride.is_multiple_of(B))
+            || len != B
+            || step == 0
+            || block >= end
+        {
+            return Ok(0);
+        }
+        let Response::Token(own) = control::call(self.file.as_fd(), &Request::Token)? else {
+            return Err(nonsense());
+        };
+        let look = Look {
+            from: block,
+            to: end,
+            other: Some((own, block + step)),
+        };
+        let Response::Extents(told) = control::call(self.file.as_fd(), &Request::Extents(look))?
+        else {
+            return Err(nonsense());
+        };
+        // Where the file is not what it is one step further.
+        let mut differing = told.ranges.iter().peekable();
+        let (mut at, mut count) = (block, 0);
+        while at < told.next {
+            while differing.next_if(|range| range.0 + range.1 <= at).is_some() {}
+            if differing.peek().is_some_and(|range| range.0 <= at) {
+                break;
+            }
+            (at, count) = (at + step, count + 1);
+        }
+        Ok(count)
     }
 }
 
