@@ -26,7 +26,7 @@ const LAYERS: &[&[&str]] = &[
 
 /// Modules inside the engine, lowest first, by the same rule: structures, meanings, procedures.
 const ENGINE_LAYERS: &[&[&str]] = &[
-    &["types", "delta", "counters", "slots", "pieces"],
+    &["types", "delta", "counters", "slots", "pieces", "recent"],
     &[
         "ahead",
         "nodes",

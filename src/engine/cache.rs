@@ -13,12 +13,12 @@ use std::collections::HashMap;
 use std::num::NonZeroUsize;
 use std::sync::Arc;
 
-use lru::LruCache;
-
 use crate::error::{Error, Result};
 use crate::ondisk::Page;
 use crate::sync::atomic::{AtomicU64, Ordering};
 use crate::sync::{Mutex, ranked, thread};
+
+use super::recent::Recent;
 
 /// Shards of the cache, so that readers seldom meet.
 const SHARDS: usize = 16;
@@ -45,7 +45,7 @@ pub(crate) struct BlockCache {
 
 /// Rank 8 in the lock order: nothing is locked while one is held.
 struct Shard {
-    pages: LruCache<u64, Arc<Page>>,
+    pages: Recent<Arc<Page>>,
     /// Blocks that somebody is reading from the device, and who waits for them.
     loading: HashMap<u64, Vec<Waiter>>,
 }
@@ -61,7 +61,7 @@ impl BlockCache {
     pub(crate) fn new(blocks_max: usize) -> Self {
         let each = NonZeroUsize::new(blocks_max / SHARDS).unwrap_or(NonZeroUsize::MIN);
         let shard = || Shard {
-            pages: LruCache::new(each),
+            pages: Recent::new(each),
             loading: HashMap::new(),
         };
         Self {
@@ -75,24 +75,25 @@ impl BlockCache {
 
     /// The contents of a block, if they are here.
     pub(crate) fn get(&self, block: u64) -> Option<Arc<Page>> {
-        self.shard(block).lock().pages.get(&block).cloned()
+        self.shard(block).lock().pages.get(block).cloned()
     }
 
     /// Keeps the contents of a block.
     pub(crate) fn put(&self, block: u64, page: Arc<Page>) {
-        let old = self.shard(block).lock().pages.push(block, page);
+        let old = self.shard(block).lock().pages.put(block, page);
         drop(old); // its memory is given back without the lock
     }
 
     /// Forgets a block.
     pub(crate) fn remove(&self, block: u64) {
-        self.shard(block).lock().pages.pop(&block);
+        let old = self.shard(block).lock().pages.remove(block);
+        drop(old);
     }
 
     /// Looks for a block that the caller, which is pinned, is going to read.
     pub(crate) fn look(&self, block: u64, waiter: impl FnOnce() -> Waiter) -> Look {
         let shard = &mut *self.shard(block).lock();
-        if let Some(page) = shard.pages.get(&block) {
+        if let Some(page) = shard.pages.get(block) {
             return Look::Here(Arc::clone(page));
         }
         match shard.loading.get_mut(&block) {

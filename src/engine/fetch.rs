@@ -65,10 +65,14 @@ pub struct ReadBytes {
 #[derive(Debug)]
 enum Memory {
     None,
+    Zeros,
     Page(Arc<Page>),
     Bounce(Bounce),
     Heap(Vec<u8>),
 }
+
+/// What a hole holds.
+static ZEROS: Page = [0; BLOCK_SIZE];
 
 impl ReadBytes {
     /// Nothing.
@@ -76,6 +80,14 @@ impl ReadBytes {
         Self {
             memory: Memory::None,
             range: 0..0,
+        }
+    }
+
+    /// A part of one block, which is not behind the end of the block; `None` is zeros.
+    pub(crate) fn of_block(page: Option<Arc<Page>>, range: Range<usize>) -> Self {
+        Self {
+            memory: page.map_or(Memory::Zeros, Memory::Page),
+            range,
         }
     }
 }
@@ -86,6 +98,7 @@ impl Deref for ReadBytes {
     fn deref(&self) -> &[u8] {
         let memory = match &self.memory {
             Memory::None => &[][..],
+            Memory::Zeros => &ZEROS[..],
             Memory::Page(page) => &page[..],
             Memory::Bounce(bounce) => bounce,
             Memory::Heap(bytes) => bytes,
@@ -310,12 +323,9 @@ impl Desk {
         if blocks == 1
             && parts.is_empty()
             && matches!(&pages[..], [(_, Some(_))])
-            && let Some((_, Some(page))) = pages.pop()
+            && let Some((_, page)) = pages.pop()
         {
-            return ReadBytes {
-                memory: Memory::Page(page),
-                range: skew..skew + len,
-            };
+            return ReadBytes::of_block(page, skew..skew + len);
         }
         let mut memory = if len <= self.buffers.chunk_max() {
             Memory::Bounce(self.buffers.take(len))
@@ -325,7 +335,7 @@ impl Desk {
         let target = match &mut memory {
             Memory::Bounce(bounce) => &mut bounce[..],
             Memory::Heap(bytes) => bytes,
-            Memory::None | Memory::Page(_) => &mut [],
+            Memory::None | Memory::Zeros | Memory::Page(_) => &mut [],
         };
         // I6: counting would not do, as a damaged map may name a block twice.
         let mut known = vec![false; blocks as usize];

@@ -5,7 +5,7 @@
 //!
 //! - structures: `nodes` (clean tree nodes), `delta` (changed reference counts), `counters` (how
 //!   much is free and promised), `slots` (superblocks), `space` (free blocks), `refusals` (of the
-//!   host), `cache` (data blocks), `pieces` (transfers), `fetch` (reads them), `ahead` (streams),
+//!   host), `recent` (what was used last), `cache` (data blocks), `pieces` (transfers), `fetch` (reads them), `ahead` (streams),
 //!   `waiters` (of a
 //!   group commit), `heartbeat` (no second host), `syncs` (of the device), `meta` (the trees and their
 //!   dirty nodes), `tree` (the B+tree);
@@ -45,6 +45,7 @@ mod pieces;
 mod pool;
 mod range;
 mod read;
+mod recent;
 mod recover;
 mod refusals;
 mod repair;

@@ -75,8 +75,9 @@ impl Meta {
                 format!("no such inode: ino={ino}"),
             ));
         }
-        match self.fetch(key(ino.0, KeyType::Inode, 0))? {
-            Some(value) => Inode::decode(&value),
+        let at = key(ino.0, KeyType::Inode, 0);
+        match self.with(self.namespace, TreeKind::Namespace, at, Inode::decode)? {
+            Some(inode) => inode,
             None => Err(Error::new(
                 Kind::NotFound,
                 format!("no such inode: ino={ino}"),
