@@ -233,10 +233,10 @@ fn unmap(meta: &mut Meta, inode: &mut Inode, from: u64, to: u64) -> Result<()> {
 
 /// Changes times and, by `subdirectories`, the links of a directory.
 fn stamp(meta: &mut Meta, dir: Ino, now: Time, subdirectories: i32) -> Result<()> {
-    let mut inode = meta.directory(dir)?;
-    (inode.mtime, inode.ctime) = (now, now);
-    inode.nlink = inode.nlink.saturating_add_signed(subdirectories);
-    meta.put_inode(dir, &inode)
+    meta.change_directory(dir, &mut |inode| {
+        (inode.mtime, inode.ctime) = (now, now);
+        inode.nlink = inode.nlink.saturating_add_signed(subdirectories);
+    })
 }
 
 /// Changes the time of the last change.
@@ -327,7 +327,8 @@ fn create(meta: &mut Meta, record: &Record) -> Result<()> {
         origin_generation: 0,
         origin_time: Time::default(),
     };
-    if meta.has_inode(*ino)? {
+    // Numbers from the next one on are free.
+    if ino.0 < meta.next_ino && meta.has_inode(*ino)? {
         return Err(Error::corrupt(format!(
             "an inode that is created exists: ino={ino}"
         )));

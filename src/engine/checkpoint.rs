@@ -21,7 +21,7 @@
 //! A crash before the flip finds the old superblock, whose trees are untouched, because nothing
 //! they refer to is free before step 5.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use crate::error::{Error, Kind, Result};
@@ -32,6 +32,7 @@ use crate::units::{BLOCK_SIZE, Ino};
 
 use super::journal::Cut;
 use super::meta::{Meta, floor_blocks};
+use super::nodes::BlockMap;
 use super::pool::Pool;
 
 /// Runs of reference counts merged under one hold of the trees.
@@ -219,7 +220,7 @@ impl Pool {
         }
     }
 
-    fn write_nodes(&self, nodes: &HashMap<u64, Arc<Node>>) -> Result<()> {
+    fn write_nodes(&self, nodes: &BlockMap<Arc<Node>>) -> Result<()> {
         let sorted: BTreeMap<u64, &Arc<Node>> =
             nodes.iter().map(|(at, node)| (*at, node)).collect();
         let mut buffer: Vec<u8> = Vec::new();
@@ -303,7 +304,7 @@ impl Meta {
 
     /// Seals all dirty nodes. Extent maps come first, because inode records hold their roots.
     fn seal_all(&mut self) -> Result<()> {
-        let mut sealed = HashMap::new();
+        let mut sealed = BlockMap::default();
         for ino in self.changed_files.clone() {
             let mut inode = self.inode(Ino(ino))?;
             self.seal(&mut inode.root, &mut sealed)?;
