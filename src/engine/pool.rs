@@ -95,6 +95,8 @@ pub struct Pool {
     pub(crate) device: Arc<dyn BlockDevice>,
     syncs: Arc<Syncs>,
     pub(crate) read_only: bool,
+    /// It was not closed cleanly before it was opened.
+    pub(crate) was_left_open: bool,
     pub(crate) limits: Limits,
     pub(crate) counters: Arc<Counters>,
     pub(crate) cache: Arc<BlockCache>,
@@ -161,6 +163,7 @@ impl Pool {
         Self {
             syncs,
             read_only: options.read_only,
+            was_left_open: superblock.flags & FLAG_CLEAN == 0,
             limits,
             cache,
             buffers,

@@ -65,7 +65,8 @@ impl Pool {
         if self.read_only || self.threaded.swap(true, Ordering::SeqCst) {
             return Ok(());
         }
-        if self.replayed.lock().batches > 0 {
+        if self.was_left_open {
+            // What waited for a discard when the daemon died is not known.
             self.meta.write().space.discard_all();
         }
         let mut workers = self.workers.lock();
