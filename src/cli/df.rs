@@ -90,6 +90,9 @@ pub(super) fn run(args: &Df, output: Output) -> Result<()> {
         if let Some(advice) = advice(facts) {
             output.note(&advice);
         }
+        if facts.health.is_some_and(|health| health.stale_copies > 0) {
+            output.note(&stale_text(facts));
+        }
     }
     // As df does: shows what it can, tells every failure, and fails if there was one.
     let last = failures.pop();
@@ -247,6 +250,14 @@ fn advice(facts: &PoolFacts) -> Option<String> {
 
 fn file_json(facts: &FileFacts) -> Value {
     info::usage_json(&facts.path, &facts.usage)
+}
+
+fn stale_text(facts: &PoolFacts) -> String {
+    format!(
+        "the host has no space to renew the copies of the superblock of {}, which count if both \
+         superblocks are damaged\n  free some on the filesystem that holds the pool",
+        show(&facts.pool)
+    )
 }
 
 fn poisoned_text(facts: &PoolFacts, why: &str) -> String {
