@@ -85,8 +85,16 @@ pub fn choose(source: &dyn Source, extension: Option<&str>) -> Result<Format> {
 /// What no firmware boots and no partition table begins with, and what to do with such a file.
 const FOREIGN: [(&[u8], &str, &str); 8] = [
     (b"QED\0", "a QED image", "convert it with qemu-img"),
-    (b"WithoutFreeSpace", "a Parallels image", "convert it with qemu-img"),
-    (b"WithouFreSpacExt", "a Parallels image", "convert it with qemu-img"),
+    (
+        b"WithoutFreeSpace",
+        "a Parallels image",
+        "convert it with qemu-img",
+    ),
+    (
+        b"WithouFreSpacExt",
+        "a Parallels image",
+        "convert it with qemu-img",
+    ),
     (b"\x1f\x8b\x08", "compressed with gzip", "decompress it"),
     (b"\xfd7zXZ\0", "compressed with xz", "decompress it"),
     (b"\x28\xb5\x2f\xfd", "compressed with zstd", "decompress it"),
@@ -104,7 +112,9 @@ pub fn refuse_foreign(source: &dyn Source) -> Result<()> {
         None => Ok(()),
         Some((_, what, advice)) => Err(Error::new(
             Kind::Unsupported,
-            format!("it is {what}: {advice} first, or say --from raw to take its bytes as they are"),
+            format!(
+                "it is {what}: {advice} first, or say --from raw to take its bytes as they are"
+            ),
         )),
     }
 }
