@@ -97,6 +97,10 @@ impl<'a> Maker<'a> {
     /// Makes all of them.
     pub(super) fn run(mut self, output: Output) -> failure::Result<Made> {
         unnamed::clean(self.dir);
+        if let Err(error) = unnamed::copy_once(self.dir) {
+            // Whatever is wrong there is told of each image.
+            log::debug!("no copy before the others: {error}");
+        }
         let state = self.plan();
         // What failed is perhaps what others are made from; it gets no name.
         let failed: Vec<usize> = state.refused.clone();
