@@ -16,4 +16,4 @@ pub use fill::{Filled, Held, fill, held};
 pub use library::{Image, Library, Parent, Through, Trouble, What};
 pub use names::destinations;
 pub use roots::{FileId, Roots, Spot};
-pub use twins::{Twin, Twins};
+pub use twins::{CloneFile, Twin, Twins};
