@@ -26,7 +26,9 @@ const LAYERS: &[&[&str]] = &[
 
 /// Modules inside the engine, lowest first, by the same rule: structures, meanings, procedures.
 const ENGINE_LAYERS: &[&[&str]] = &[
-    &["types", "delta", "counters", "slots", "pieces", "work"],
+    &[
+        "types", "delta", "counters", "slots", "pieces", "recent", "work",
+    ],
     &[
         "ahead",
         "nodes",
@@ -57,7 +59,7 @@ const ENGINE_LAYERS: &[&[&str]] = &[
         "read",
     ],
     &["share"],
-    &["range", "names", "replay"],
+    &["range", "names", "replay", "equal"],
     &["clone_tree", "recover"],
     &["check", "scrub", "parts"],
     &["repair"],

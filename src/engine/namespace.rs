@@ -97,8 +97,9 @@ impl Meta {
     /// The record of an inode.
     pub(crate) fn inode(&self, ino: Ino) -> Result<Inode> {
         check_number(ino)?;
-        match self.fetch(key(ino.0, KeyType::Inode, 0))? {
-            Some(value) => Inode::decode(&value),
+        let at = key(ino.0, KeyType::Inode, 0);
+        match self.with(self.namespace, TreeKind::Namespace, at, Inode::decode)? {
+            Some(inode) => inode,
             None => Err(no_such(ino)),
         }
     }

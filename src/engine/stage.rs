@@ -90,6 +90,11 @@ impl StageFile {
         all
     }
 
+    /// The newest staged contents of a block.
+    pub(crate) fn newest(&self, block: u64) -> Option<&Staged> {
+        self.active.get(&block).or_else(|| self.frozen.get(&block))
+    }
+
     /// Staged blocks, those in both halves counted twice.
     pub(crate) fn blocks(&self) -> u64 {
         (self.active.len() + self.frozen.len()) as u64

@@ -66,6 +66,17 @@ impl Meta {
 
     /// The value of `key`.
     pub(crate) fn get(&self, root: Root, kind: TreeKind, key: u128) -> Result<Option<Vec<u8>>> {
+        self.with(root, kind, key, <[u8]>::to_vec)
+    }
+
+    /// What `look` makes of the value of `key`.
+    pub(crate) fn with<T>(
+        &self,
+        root: Root,
+        kind: TreeKind,
+        key: u128,
+        look: impl FnOnce(&[u8]) -> T,
+    ) -> Result<Option<T>> {
         if root.is_empty() {
             return Ok(None);
         }
@@ -73,7 +84,7 @@ impl Meta {
         for level in (0..root.level).rev() {
             node = self.look(kind, level, node.child(node.child_index(key)))?;
         }
-        Ok(node.find(key).ok().map(|i| node.value(i).to_vec()))
+        Ok(node.find(key).ok().map(|i| look(node.value(i))))
     }
 
     /// The record with the largest key at or below `key`.
@@ -83,6 +94,17 @@ impl Meta {
         kind: TreeKind,
         key: u128,
     ) -> Result<Option<(u128, Vec<u8>)>> {
+        self.with_floor(root, kind, key, |key, value| (key, value.to_vec()))
+    }
+
+    /// What `look` makes of the record with the largest key at or below `key`.
+    pub(crate) fn with_floor<T>(
+        &self,
+        root: Root,
+        kind: TreeKind,
+        key: u128,
+        look: impl FnOnce(u128, &[u8]) -> T,
+    ) -> Result<Option<T>> {
         if root.is_empty() {
             return Ok(None);
         }
@@ -101,7 +123,7 @@ impl Meta {
             Err(i) => i.checked_sub(1),
         };
         if let Some(i) = found {
-            return Ok(Some((node.key(i), node.value(i).to_vec())));
+            return Ok(Some(look(node.key(i), node.value(i))));
         }
         let Some((at, level)) = left else {
             return Ok(None);
@@ -111,7 +133,7 @@ impl Meta {
             node = self.look(kind, level, node.child(node.count() - 1))?;
         }
         let last = node.count() - 1;
-        Ok(Some((node.key(last), node.value(last).to_vec())))
+        Ok(Some(look(node.key(last), node.value(last))))
     }
 
     /// Visits the records with keys from `from` up to, not including, `to`.
