@@ -471,6 +471,7 @@ pub fn health_value(health: &Health) -> Value {
         "replay_left_out": health.replayed.left_out,
         "unsynced_ms": health.unsynced_ms,
         "damaged_reads": health.damaged_reads,
+        "stale_copies": health.stale_copies,
         "beats": health.beats,
         "beat_age_ms": health.beat_age_ms,
     })
@@ -486,6 +487,7 @@ fn health_from(object: &Object<'_>) -> Result<Health> {
         },
         unsynced_ms: object.number("unsynced_ms")?,
         damaged_reads: object.number("damaged_reads")?,
+        stale_copies: object.number("stale_copies")?,
         beats: object.number("beats")?,
         beat_age_ms: object.number("beat_age_ms")?,
     })

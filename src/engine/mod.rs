@@ -61,6 +61,7 @@ mod syncs;
 mod tree;
 mod types;
 mod waiters;
+mod work;
 mod worker;
 
 pub use ahead::Stream;

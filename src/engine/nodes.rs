@@ -11,6 +11,8 @@
 //! [`get`]: NodeCache::get
 
 use std::cell::Cell;
+use std::collections::HashMap;
+use std::hash::{BuildHasherDefault, Hasher};
 use std::num::NonZeroUsize;
 use std::sync::Arc;
 
@@ -88,6 +90,33 @@ impl Drop for Quiet {
         QUIET.set(false);
     }
 }
+
+/// Hashes block numbers, with one multiplication: they are looked up for every level of every
+/// descent, and the allocator chooses them, not a guest.
+#[derive(Clone, Copy, Debug, Default)]
+pub(crate) struct BlockHasher(u64);
+
+impl Hasher for BlockHasher {
+    fn finish(&self) -> u64 {
+        self.0
+    }
+
+    fn write(&mut self, bytes: &[u8]) {
+        bytes
+            .iter()
+            .for_each(|byte| self.write_u64(u64::from(*byte)));
+    }
+
+    fn write_u64(&mut self, value: u64) {
+        /// 2^64 divided by the golden ratio: its bits are well mixed.
+        const FACTOR: u128 = 0x9e37_79b9_7f4a_7c15;
+        let wide = u128::from(self.0 ^ value) * FACTOR;
+        self.0 = (wide >> 64) as u64 ^ wide as u64;
+    }
+}
+
+/// Something for each of some blocks.
+pub(crate) type BlockMap<T> = HashMap<u64, T, BuildHasherDefault<BlockHasher>>;
 
 /// The cache of clean nodes, and the way to the device behind it.
 #[derive(Debug)]

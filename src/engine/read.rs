@@ -15,7 +15,6 @@ use std::ops::{ControlFlow, Range};
 use std::sync::Arc;
 
 use crate::error::{Error, Result};
-use crate::ondisk::Page;
 use crate::ondisk::extent::Root;
 use crate::ondisk::inode::FILE_SIZE_MAX;
 use crate::sync::atomic::Ordering;
@@ -24,7 +23,7 @@ use crate::units::{BLOCK_SIZE, Ino};
 
 use super::ahead::Stream;
 use super::apply::blocks_of;
-use super::cache::Pin;
+use super::cache::{Held, Pin};
 use super::fetch::{Done, How, ReadBytes, Request};
 use super::meta::Meta;
 use super::nodes;
@@ -182,6 +181,7 @@ impl Pool {
                 nodes::in_memory(find)
             };
             if let Ok(Ok(Found::Bytes(bytes))) = found {
+                self.readers.note();
                 return Ok(Plan::Bytes(bytes));
             }
             let pinned = pin.take().unwrap_or_else(|| self.readers.pin()); // I2
@@ -253,7 +253,7 @@ impl Pool {
                     return ControlFlow::Break(());
                 }
                 match self.cache.get(block) {
-                    Some(page) => pages.push((at, Some(page))),
+                    Some(page) => pages.push((at, Held::Cached(page))),
                     None => wants.push(Want { at, block, sum: 0 }),
                 }
             }
@@ -271,7 +271,7 @@ impl Pool {
             }
         }
         let staged = staged.into_iter().filter(|(at, _)| *at < to);
-        pages.extend(staged.map(|(at, staged)| (at, staged.data)));
+        pages.extend(staged.map(|(at, staged)| (at, held(staged))));
         Ok(Found::Parts {
             range,
             pages,
@@ -289,18 +289,18 @@ impl Pool {
     ) -> Result<Found> {
         let at = range.start / B;
         let within = (range.start % B) as usize..(range.end - at * B) as usize;
-        let bytes = |page| Ok(Found::Bytes(ReadBytes::of_block(page, within)));
+        let bytes = |block| Ok(Found::Bytes(ReadBytes::of_block(block, within)));
         if let Some(staged) = staged {
-            return bytes(staged.data);
+            return bytes(held(staged));
         }
         let Some(extent) = meta.mapped_block(root, at)? else {
-            return bytes(None);
+            return bytes(Held::Zeros);
         };
         if extent.is_lost() {
             return Err(lost_block(ino, at));
         }
         if let Some(page) = self.cache.get(extent.block) {
-            return bytes(Some(page));
+            return bytes(Held::Cached(page));
         }
         let mut sums = Vec::with_capacity(1);
         meta.sums_of(&mut std::iter::once(extent.block), &mut sums)?;
@@ -315,6 +315,10 @@ impl Pool {
             wants: wants.collect(),
         })
     }
+}
+
+fn held(staged: Staged) -> Held {
+    staged.data.map_or(Held::Zeros, Held::Staged)
 }
 
 fn lost_block(ino: Ino, at: u64) -> Error {
@@ -342,7 +346,7 @@ enum Found {
     /// Its parts.
     Parts {
         range: Range<u64>,
-        pages: Vec<(u64, Option<Arc<Page>>)>,
+        pages: Vec<(u64, Held)>,
         wants: Vec<Want>,
     },
 }

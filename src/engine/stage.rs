@@ -20,6 +20,7 @@ use crate::sync::Instant;
 use crate::units::{BLOCK_SIZE, Ino, Time};
 
 use super::counters::Counters;
+use super::work;
 
 /// Contents of one block on their way to the pool.
 #[derive(Clone, Debug)]
@@ -122,6 +123,8 @@ pub(crate) struct Batch {
     pub(crate) touches: Vec<Record>,
     /// Upper bound of the bytes that it takes in the journal.
     pub(crate) bytes: usize,
+    /// The work of replaying it (`work.rs`).
+    pub(crate) work: u64,
     /// `Stage::pushed` when it was taken.
     pub(crate) upto: u64,
     /// Data written in place must be durable before the batch.
@@ -150,6 +153,8 @@ pub(crate) struct Stage {
     index: HashMap<(u64, u64), usize>,
     /// Upper bound of the bytes that `pending` takes in the journal.
     pending_bytes: usize,
+    /// The work of replaying it; in replay, what extent maps add to that of the records.
+    pub(crate) work: u64,
     /// Files whose size or times the next batch must hold.
     touched: BTreeSet<u64>,
     needs_flush: bool,
@@ -174,6 +179,7 @@ impl Stage {
             pending: Vec::new(),
             index: HashMap::new(),
             pending_bytes: 0,
+            work: 0,
             touched: BTreeSet::new(),
             needs_flush: false,
             oldest: None,
@@ -271,6 +277,7 @@ impl Stage {
         self.index.insert((ino.0, block), self.pending.len());
         self.pending.push(Pending::Block(ino, block, staged));
         self.pending_bytes += BLOCK_COST;
+        self.work += work::BLOCK;
     }
 
     /// Stages a block that a clone shares with its source: nothing is queued, because the record
@@ -294,6 +301,7 @@ impl Stage {
         self.count_push();
         self.index.clear(); // I3
         self.pending_bytes += record_cost(&record);
+        self.work += work::of(&record);
         self.needs_flush |= matches!(record, Record::Map { .. });
         self.pending.push(Pending::Record(record));
     }
@@ -352,6 +360,7 @@ impl Stage {
             touches: touches.collect(),
             items: std::mem::take(&mut self.pending),
             bytes,
+            work: std::mem::take(&mut self.work),
             upto: self.pushed,
             needs_flush: std::mem::take(&mut self.needs_flush),
         }
@@ -372,6 +381,7 @@ impl Stage {
             }
         }
         self.pending_bytes += batch.bytes;
+        self.work += batch.work;
         self.needs_flush |= batch.needs_flush;
     }
 
