@@ -57,7 +57,7 @@ const ENGINE_LAYERS: &[&[&str]] = &[
         "read",
     ],
     &["share"],
-    &["range", "names", "replay"],
+    &["range", "names", "replay", "equal"],
     &["clone_tree", "recover"],
     &["check", "scrub", "parts"],
     &["repair"],

@@ -21,7 +21,7 @@ use nodupe::vfs::UNNAMED_PREFIX as PREFIX;
 const AGE: Duration = Duration::from_secs(60);
 
 /// A name that nobody uses, which begins so.
-pub(super) fn hidden(prefix: &str) -> Result<String> {
+fn hidden(prefix: &str) -> Result<String> {
     let random = sys::control::random()
         .map_err(|error| Error::io("no random numbers from the system", error))?;
     let digits: String = random.iter().map(|byte| format!("{byte:02x}")).collect();
@@ -38,6 +38,19 @@ pub(super) fn create(dir: &Path, mode: u32, direct: bool) -> Result<File> {
         Err(error) if error.kind() != std::io::ErrorKind::NotFound => Err(failed(error)),
         _ => Ok(file),
     }
+}
+
+/// Gives `to`, which is empty, the contents of `from`, a file of the same pool, as far as `size`.
+pub(super) fn copy_all(from: &File, to: &File, size: u64) -> Result<()> {
+    let failed = |error| Error::io("cannot clone the contents", error);
+    let mut done = 0;
+    while done < size {
+        match files::copy_range(from, done, to, done, size - done).map_err(failed)? {
+            0 => break,
+            copied => done += copied,
+        }
+    }
+    Ok(())
 }
 
 /// Gives the contents of `file` the name `name` in `dir`. `preserve`: with its owner, mode and times.

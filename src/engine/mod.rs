@@ -13,7 +13,7 @@
 //!   a place), `journal` (the ring), `apply` (what each record does),
 //!   `salvage` (which records still have something to act on);
 //! - procedures: `pool` (locks and limits), `host` (a host without space), `commit` (group commit),
-//!   `file`, `read`, `range`, `share`, `names`, `clone_tree` (what callers ask for), `destage`,
+//!   `file`, `read`, `range`, `share`, `equal`, `names`, `clone_tree` (what callers ask for), `destage`,
 //!   `checkpoint`, `grow`,
 //!   `replay`, `recover`, `worker`, `check`, `scrub`, `repair`.
 
@@ -28,6 +28,7 @@ mod counters;
 mod delta;
 mod destage;
 mod discard;
+mod equal;
 mod extents;
 mod fetch;
 mod file;
@@ -63,6 +64,7 @@ mod waiters;
 mod worker;
 
 pub use ahead::Stream;
+pub use equal::{Equal, Place, Places};
 pub use fetch::ReadBytes;
 pub use heartbeat::{BEAT_INTERVAL, Heartbeat, Identity, refuse_active};
 pub use pool::Pool;

@@ -112,6 +112,12 @@ impl Pool {
                 return Ok(());
             }
         };
+        out.extend_from_slice(&self.fetch_now(request)?);
+        Ok(())
+    }
+
+    /// Reads and waits for it.
+    fn fetch_now(&self, request: Request) -> Result<ReadBytes> {
         let outcome = Arc::<Outcome>::default();
         let done: Done = {
             let outcome = Arc::clone(&outcome);
@@ -124,13 +130,29 @@ impl Pool {
         let mut told = outcome.told.lock();
         loop {
             match told.take() {
-                Some(read) => {
-                    out.extend_from_slice(&read?);
-                    return Ok(());
-                }
+                Some(read) => return read,
                 None => outcome.signal.wait(&mut told),
             }
         }
+    }
+
+    /// The contents of blocks of the pool, each with its checksum, one behind the other. Nothing
+    /// stays in the cache. The caller has been pinned since it found them in the map of a file.
+    pub(crate) fn read_places(&self, places: &[(u64, u32)]) -> Result<ReadBytes> {
+        let place = |(at, (block, sum)): (u64, &(u64, u32))| Want {
+            at,
+            block: *block,
+            sum: *sum,
+        };
+        let mut wants: Vec<Want> = (0..).zip(places).map(place).collect();
+        wants.sort_unstable_by_key(|want| want.block);
+        self.fetch_now(Request {
+            range: 0..places.len() as u64 * B,
+            pages: Vec::new(),
+            wants,
+            keep: false,
+            pin: self.readers.pin(),
+        })
     }
 
     /// The whole contents of one block of a file, zeros where there is nothing.

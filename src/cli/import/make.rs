@@ -36,7 +36,7 @@ pub(super) struct Maker<'a> {
     format: Option<Format>,
     jobs: usize,
     /// Finds equal blocks, if that is wanted.
-    twins: Option<Twins>,
+    twins: Option<Twins<'a>>,
 }
 
 /// What was made.
@@ -82,7 +82,7 @@ impl<'a> Maker<'a> {
         names: HashMap<usize, PathBuf>,
         format: Option<Format>,
         jobs: usize,
-        dedupe: bool,
+        twins: Option<Twins<'a>>,
     ) -> Self {
         Self {
             library,
@@ -90,7 +90,7 @@ impl<'a> Maker<'a> {
             names,
             format,
             jobs,
-            twins: dedupe.then(Twins::new),
+            twins,
         }
     }
 
@@ -390,7 +390,7 @@ fn share(from: &File, at: u64, to: &File, into: u64, len: u64) -> Result<()> {
 }
 
 /// Makes `to`, which is empty, a clone of `from`, as far as `size`.
-fn copy_all(from: &File, to: &File, size: u64) -> Result<()> {
+pub(super) fn copy_all(from: &File, to: &File, size: u64) -> Result<()> {
     let there = from.metadata().map_err(cannot_write)?.len();
     share(from, 0, to, 0, there.min(size))
 }
