@@ -30,7 +30,7 @@ if [ ${#tests[@]} = 0 ]; then
         name=${name%.rs}
         name=${name%/main}
         # These look at sources, need a mount, or another build.
-        case $name in tidy | kill9 | powercut | qemu | fuse | cli | full_real | shuttle) ;; *) tests+=("$name") ;; esac
+        case $name in tidy | kill9 | powercut | qemu | fuse | cli | full_real | import | memory | shuttle) ;; *) tests+=("$name") ;; esac
     done
 fi
 

@@ -13,14 +13,16 @@ use std::os::fd::BorrowedFd;
 
 use serde_json::{Map, Value, json};
 
-use crate::engine::{Extents, FileUsage, Health, Replayed, ScrubStatus, Usage};
+use crate::engine::{Equal, Extents, FileUsage, Health, Places, Replayed, ScrubStatus, Usage};
 use crate::error::{Error, Kind, Result};
 use crate::sys;
 use crate::vfs::NAME_BYTES_MAX;
 
+mod equal;
 mod ranges;
 mod scrub;
 
+pub use equal::{Compare, EQUAL_BLOCKS_MAX, RUNS_MAX, SUMS_MAX};
 pub use ranges::{EXTENTS_MAX, GROUPS_MAX, Look, SHARES_MAX, Shares};
 pub use scrub::{ScrubFindings, ScrubPage, scrub_state_name, scrub_status_value};
 
@@ -85,6 +87,17 @@ pub enum Request {
     },
     /// Where the open file has data, or differs from another.
     Extents(Look),
+    /// Where the blocks of the open file are.
+    Places {
+        /// First block.
+        from: u64,
+        /// The block behind the last one.
+        to: u64,
+        /// With their checksums.
+        sums: bool,
+    },
+    /// Shares blocks with the open file that are equal.
+    ShareEqual(Compare),
     /// Makes the pool larger.
     Grow {
         /// Size in bytes; `None`: as large as its device has become.
@@ -128,6 +141,10 @@ pub enum Response {
     Usage(FileUsage),
     /// To [`Request::Extents`].
     Extents(Extents),
+    /// To [`Request::Places`].
+    Places(Places),
+    /// To [`Request::ShareEqual`].
+    Equal(Equal),
     /// To [`Request::Checkpoint`] and [`Request::Share`].
     Done,
     /// To [`Request::ScrubStart`], [`Request::ScrubStop`] and [`Request::ScrubStatus`].
@@ -189,6 +206,10 @@ impl Request {
             }
             Request::Share { source, ranges } => ranges::shares_value(*source, ranges),
             Request::Extents(look) => ranges::look_value(look),
+            Request::Places { from, to, sums } => {
+                json!({"op": "places", "from": from, "to": to, "sums": sums})
+            }
+            Request::ShareEqual(compare) => equal::compare_value(compare),
             Request::Grow { size } => json!({"op": "grow", "size": size}),
         })
     }
@@ -225,6 +246,12 @@ impl Request {
                 Ok(Request::Share { source, ranges })
             }
             "extents" => ranges::look_from(&object).map(Request::Extents),
+            "places" => Ok(Request::Places {
+                from: object.number("from")?,
+                to: object.number("to")?,
+                sums: object.flag("sums")?,
+            }),
+            "share_equal" => equal::compare_from(&object).map(Request::ShareEqual),
             "grow" => Ok(Request::Grow {
                 size: object.optional_number("size")?,
             }),
@@ -280,6 +307,8 @@ impl Response {
             }),
             Request::Checkpoint | Request::Share { .. } => Response::Done,
             Request::Extents(_) => Response::Extents(ranges::extents_from(&ok)?),
+            Request::Places { .. } => Response::Places(equal::places_from(&ok)?),
+            Request::ShareEqual(_) => Response::Equal(equal::equal_from(&ok)?),
             Request::ScrubStart { .. } | Request::ScrubStop | Request::ScrubStatus => {
                 Response::Scrub(Box::new(scrub::status_from(&ok)?))
             }
@@ -314,6 +343,8 @@ impl Response {
             }
             Response::Done => json!({}),
             Response::Extents(extents) => ranges::extents_value(extents),
+            Response::Places(places) => equal::places_value(places),
+            Response::Equal(equal) => equal::equal_value(equal),
             Response::Scrub(status) => scrub_status_value(status),
             Response::ScrubFindings(findings) => findings.to_value(),
             Response::Grown(size) => json!({ "size": size }),
@@ -440,6 +471,7 @@ pub fn health_value(health: &Health) -> Value {
         "replay_left_out": health.replayed.left_out,
         "unsynced_ms": health.unsynced_ms,
         "damaged_reads": health.damaged_reads,
+        "stale_copies": health.stale_copies,
         "beats": health.beats,
         "beat_age_ms": health.beat_age_ms,
     })
@@ -455,6 +487,7 @@ fn health_from(object: &Object<'_>) -> Result<Health> {
         },
         unsynced_ms: object.number("unsynced_ms")?,
         damaged_reads: object.number("damaged_reads")?,
+        stale_copies: object.number("stale_copies")?,
         beats: object.number("beats")?,
         beat_age_ms: object.number("beat_age_ms")?,
     })

@@ -195,6 +195,75 @@ fn what_is_not_aligned_is_copied_and_told() {
 }
 
 #[test]
+fn a_child_finds_its_parent_below_what_is_allowed() {
+    if let Some(why) = cannot_mount() {
+        return not_run("a_child_finds_its_parent_below_what_is_allowed", &why);
+    }
+    let mut store = Datastore::new("1G");
+    let dir = store.dir();
+    let (mut bytes, _) = disk(24 << 20);
+    let raw = dir.join("gold.raw");
+    fs::write(&raw, &bytes).unwrap();
+    let vm = dir.join("vm.raw");
+    run(nodupe().arg("clone").args([&raw, &vm]));
+    let file = File::options().write(true).open(&vm).unwrap();
+    for (at, byte) in [(0, 5), (6 << 20, 0), (20 << 20, 7)] {
+        file.write_all_at(&[byte; 4096], at).unwrap();
+        bytes[at as usize..at as usize + 4096].fill(byte);
+    }
+    drop(file);
+    let outside = tempfile::tempdir().unwrap();
+    for extension in ["vhd", "vhdx", "vmdk", "vdi", "qcow2"] {
+        let library = dir.join(format!("library-{extension}"));
+        let (golds, vms) = (library.join("gold"), library.join("vms/new"));
+        fs::create_dir_all(&golds).unwrap();
+        fs::create_dir_all(&vms).unwrap();
+        let gold = golds.join(format!("gold.{extension}"));
+        let child = vms.join(format!("vm.{extension}"));
+        run(nodupe().arg("export").args([&raw, &gold]));
+        run(nodupe()
+            .arg("export")
+            .args([&vm, &child])
+            .arg("--backing")
+            .arg(&raw)
+            .arg("--parent")
+            .arg(&gold));
+        let flat = vms.join("flat.raw");
+        let output = nodupe()
+            .arg("convert")
+            .args([&child, &flat])
+            .output()
+            .unwrap();
+        let told = String::from_utf8_lossy(&output.stderr);
+        let named = told.contains(&format!("gold.{extension}")) || told.contains("UUID");
+        assert!(named && told.contains("--allow-parent"), "{told}");
+        assert!(!output.status.success() && !flat.exists());
+        let allow = ["--allow-parent", library.to_str().unwrap()];
+        let told = convert(&child, &flat, &allow);
+        assert_eq!(told["copied_bytes"], 0, "{extension}: {told}");
+        assert!(fs::read(&flat).unwrap() == bytes, "{extension}: converted");
+        let to = outside.path().join(format!("{extension}.raw"));
+        run(nodupe().arg("export").args([&child, &to]).args(allow));
+        assert!(fs::read(&to).unwrap() == bytes, "{extension}: exported");
+        // In the tree of the child, an id leads to it wherever it is.
+        if matches!(extension, "vhd" | "vhdx" | "vdi") {
+            let below = vms.join("old");
+            fs::rename(&golds, &below).unwrap();
+            fs::rename(
+                below.join(format!("gold.{extension}")),
+                below.join(format!("x.{extension}")),
+            )
+            .unwrap();
+            fs::remove_file(&flat).unwrap();
+            convert(&child, &flat, &[]);
+            assert!(fs::read(&flat).unwrap() == bytes, "{extension}: by its id");
+        }
+    }
+    store.unmount();
+    store.check();
+}
+
+#[test]
 fn a_new_image_has_new_ids_unless_they_are_kept() {
     if let Some(why) = cannot_mount() {
         return not_run("a_new_image_has_new_ids_unless_they_are_kept", &why);
@@ -243,7 +312,28 @@ fn a_new_image_has_new_ids_unless_they_are_kept() {
         };
         assert!(contents(&clones[1], format) == bytes, "{extension}");
     }
+    // A flat VMDK: the clone has an extent of its own.
+    let flat = dir.join("gold.vmdk");
+    convert(&raw, &flat, &[]);
+    run(nodupe()
+        .args(["clone", "--new-identity"])
+        .args([&flat, &dir.join("vm.vmdk")]));
+    let clone = dir.join("vm.vmdk");
+    assert!(identity(&clone).is_some() && identity(&clone) != identity(&flat));
+    let text = fs::read_to_string(&clone).unwrap();
+    assert!(
+        text.contains("\"vm-flat.vmdk\"") && !text.contains("gold"),
+        "{text}"
+    );
+    assert!(contents(&clone, Format::Vmdk) == bytes);
     // All or none, if a name is taken.
+    fs::remove_file(&clone).unwrap();
+    let output = nodupe()
+        .args(["clone", "--new-identity"])
+        .args([&flat, &clone])
+        .output()
+        .unwrap();
+    assert!(!output.status.success() && !clone.exists());
     fs::remove_file(dir.join("vm-1.vhd")).unwrap();
     let output = nodupe()
         .args(["clone", "--new-identity", "--count", "2"])
@@ -262,26 +352,32 @@ fn a_new_image_has_new_ids_unless_they_are_kept() {
 }
 
 #[test]
-fn a_killed_conversion_leaves_nothing_or_all() {
+fn a_killed_conversion_or_clone_leaves_nothing_or_all() {
     if let Some(why) = cannot_mount() {
-        return not_run("a_killed_conversion_leaves_nothing_or_all", &why);
+        return not_run("a_killed_conversion_or_clone_leaves_nothing_or_all", &why);
     }
     let mut store = Datastore::new("1G");
     let dir = store.dir();
     let (bytes, _) = disk(24 << 20);
     let raw = dir.join("0.raw");
     fs::write(&raw, &bytes).unwrap();
-    let to = dir.join("to.vhd");
-    for i in 0..20_u64 {
-        let mut child = nodupe()
-            .arg("convert")
-            .args([&raw, &to])
-            .args(["--subformat", "dynamic"])
+    let (gold, to) = (dir.join("gold.vhd"), dir.join("to.vhd"));
+    convert(&raw, &gold, &[]);
+    for i in 0..40_u64 {
+        let mut command = nodupe();
+        match i % 2 {
+            0 => command
+                .arg("convert")
+                .args([&raw, &to])
+                .args(["--subformat", "dynamic"]),
+            _ => command.args(["clone", "--new-identity"]).args([&gold, &to]),
+        };
+        let mut child = command
             .stdout(Stdio::null())
             .stderr(Stdio::null())
             .spawn()
             .unwrap();
-        std::thread::sleep(Duration::from_millis(i));
+        std::thread::sleep(Duration::from_millis(i / 2));
         child.kill().unwrap();
         child.wait().unwrap();
         for entry in fs::read_dir(&dir).unwrap() {
@@ -289,7 +385,8 @@ fn a_killed_conversion_leaves_nothing_or_all() {
             let name = entry.file_name().into_string().unwrap();
             // Killed between its birth and the loss of its name, a file stays: with nothing in it.
             let hidden = name.starts_with(".nodupe-") && entry.metadata().unwrap().len() == 0;
-            assert!(hidden || name == "0.raw" || name == "to.vhd", "{name}");
+            let known = ["0.raw", "gold.vhd", "to.vhd"].contains(&name.as_str());
+            assert!(hidden || known, "{name}");
         }
         if to.exists() {
             assert!(contents(&to, Format::Vhd) == bytes);

@@ -20,7 +20,9 @@ use common::world::{World, report};
 use std::sync::Arc;
 
 use nodupe::device::{SimDevice, SplitMix64};
-use nodupe::engine::{FileKind, Pool};
+use nodupe::engine::{FileKind, NewNode, Pool, Share};
+use nodupe::units::{Ino, Time};
+use nodupe::vfs::{Caller, OpenFlags, Vfs, VfsOptions};
 
 /// Operations of a random history.
 const OPS: usize = 160;
@@ -174,6 +176,119 @@ fn a_closed_pool_loses_nothing_in_a_crash() {
         Ok(())
     });
     assert_none("a_closed_pool", &totals);
+}
+
+/// A file that the tests of sharing use.
+fn new_file(pool: &Pool, name: &str) -> Ino {
+    let node = NewNode {
+        kind: FileKind::Regular,
+        mode: 0o600,
+        uid: 0,
+        gid: 0,
+        rdev: 0,
+        target: b"",
+    };
+    let made = pool.create_node(Ino::ROOT, name.as_bytes(), &node, Time::default());
+    made.expect("there is room").ino
+}
+
+fn read(pool: &Pool, ino: Ino) -> Vec<u8> {
+    let (mut bytes, size) = (Vec::new(), pool.attr(ino).expect("it is there").size);
+    let done = pool.read(ino, 0, size as usize, &mut bytes);
+    done.expect("the device is sound");
+    bytes
+}
+
+#[test]
+fn a_crash_within_a_long_share_leaves_what_came_first() {
+    const COUNT: u64 = 4096;
+    const SOURCES: u64 = 64;
+    let (device, pool) = new_pool(&TINY, 1).expect("a pool is made");
+    let (src, dst) = (new_file(&pool, "src"), new_file(&pool, "dst"));
+    let stamp = |block: u64| (block % SOURCES) as u8 + 1;
+    for block in 0..SOURCES {
+        let wrote = pool.write(src, block * 4096, &[stamp(block); 4096], Time::default());
+        wrote.expect("there is room");
+    }
+    let grown = pool.truncate(dst, COUNT * 4096, Time::default());
+    grown.expect("a hole takes no room");
+    pool.sync().expect("the device is sound");
+    device.record();
+    // Records for all of them do not fit one batch.
+    let ranges: Vec<Share> = (0..COUNT)
+        .map(|block| Share {
+            block: block % SOURCES,
+            dst_block: block,
+            count: 1,
+        })
+        .collect();
+    let shared = pool.share_ranges(src, dst, &ranges, Time::default());
+    shared.expect("there is room");
+    pool.sync().expect("the device is sound");
+    let trace = device.take_trace();
+    let mut replay = trace.replay();
+    let mut seen = std::collections::BTreeSet::new();
+    while replay.step() {
+        for seed in 0..2 {
+            let left = Arc::new(replay.crash(seed));
+            check(&left, "within a share").expect("no findings");
+            let pool = open(&left, TINY.cache_size).expect("it opens behind a crash");
+            let bytes = read(&pool, dst);
+            let mut blocks = bytes.chunks(4096).zip(0..);
+            let done = blocks
+                .by_ref()
+                .take_while(|(bytes, block)| bytes.iter().all(|byte| *byte == stamp(*block)))
+                .count();
+            assert!(blocks.all(|(bytes, _)| bytes.iter().all(|byte| *byte == 0)));
+            seen.insert(done as u64);
+        }
+    }
+    let left = open(&Arc::new(replay.crash_none()), TINY.cache_size);
+    let bytes = read(&left.expect("it opens behind a crash"), dst);
+    assert!(
+        bytes
+            .chunks(4096)
+            .zip(0..)
+            .all(|(bytes, block)| bytes == [stamp(block); 4096])
+    );
+    assert!(seen.contains(&0) && seen.contains(&COUNT), "{seen:?}");
+    assert!(seen.len() > 2, "no crash was in the middle: {seen:?}");
+}
+
+#[test]
+fn what_a_synchronous_handle_shares_is_durable() {
+    for sync in [true, false] {
+        let (device, pool) = new_pool(&TINY, 1).expect("a pool is made");
+        let (src, dst) = (new_file(&pool, "src"), new_file(&pool, "dst"));
+        let wrote = pool.write(src, 0, &[7; 8192], Time::default());
+        wrote.expect("there is room");
+        let grown = pool.truncate(dst, 8192, Time::default());
+        grown.expect("a hole takes no room");
+        pool.sync().expect("the device is sound");
+        let vfs = Vfs::new(pool.clone(), VfsOptions::default());
+        let flags = OpenFlags {
+            write: true,
+            sync,
+            ..OpenFlags::default()
+        };
+        let handle = vfs.open(dst, flags).expect("it is a file");
+        let caller = Caller {
+            uid: 0,
+            gid: 0,
+            pid: 1,
+            groups: |_| Vec::new(),
+        };
+        let range = Share {
+            block: 0,
+            dst_block: 0,
+            count: 2,
+        };
+        let shared = vfs.share(&caller, src, (handle, dst), &[range]);
+        shared.expect("there is room");
+        let left = open(&Arc::new(device.crash_none()), TINY.cache_size);
+        let expected = [if sync { 7 } else { 0 }; 8192];
+        assert!(read(&left.expect("it opens behind a crash"), dst) == expected);
+    }
 }
 
 #[test]

@@ -2,7 +2,7 @@
 
 mod common;
 
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use common::crash::{TINY, check, new_pool};
@@ -186,4 +186,78 @@ fn host_bytes(path: &std::path::Path) -> u64 {
     use std::os::unix::fs::MetadataExt;
     let metadata = std::fs::metadata(path).expect("the file is there");
     metadata.blocks() * 512
+}
+
+/// A device that keeps what a crash would leave at its first discard.
+#[derive(Debug)]
+struct FirstDiscard {
+    device: Arc<SimDevice>,
+    crashed: Mutex<Option<SimDevice>>,
+}
+
+impl BlockDevice for FirstDiscard {
+    fn len(&self) -> u64 {
+        self.device.len()
+    }
+    fn read_at(&self, addr: u64, buf: &mut [u8]) -> std::io::Result<()> {
+        self.device.read_at(addr, buf)
+    }
+    fn write_at(&self, addr: u64, data: &[u8]) -> std::io::Result<()> {
+        self.device.write_at(addr, data)
+    }
+    fn sync(&self) -> std::io::Result<()> {
+        self.device.sync()
+    }
+    fn discard(&self, addr: u64, len: u64) -> std::io::Result<()> {
+        let mut crashed = self.crashed.lock().expect("nobody panics inside");
+        crashed.get_or_insert_with(|| self.device.crash_all());
+        self.device.discard(addr, len)
+    }
+}
+
+#[test]
+fn what_waited_to_be_discarded_at_a_crash_is_discarded_later() {
+    for is_journal_empty in [true, false] {
+        let (device, pool) = new_pool(&TINY, 4).expect("a pool is made");
+        checkpoint(&pool);
+        let before = used(&device);
+        pool.close().expect("the device is sound");
+        drop(pool);
+        let device = Arc::new(FirstDiscard {
+            device,
+            crashed: Mutex::default(),
+        });
+        let options = OpenOptions {
+            read_only: false,
+            cache_size: TINY.cache_size,
+        };
+        let pool = Pool::open(device.clone(), None, &options).expect("a clean pool");
+        let gone = create(&pool, "gone");
+        write(
+            &pool,
+            gone,
+            0,
+            &random_bytes(&mut SplitMix64::new(4), 2_000_000),
+        );
+        pool.checkpoint().expect("the device is sound");
+        *device.crashed.lock().expect("nobody panics inside") = None;
+        remove(&pool, "gone");
+        pool.checkpoint().expect("the device is sound");
+        pool.checkpoint().expect("the device is sound");
+        let crashed = device.crashed.lock().expect("nobody panics inside").take();
+        let crashed = Arc::new(crashed.expect("something was discarded"));
+        assert!(used(&crashed) > before + 400, "the crash came too late");
+        if !is_journal_empty {
+            let pool = open(&crashed, TINY.cache_size).expect("as a crash left it");
+            create(&pool, "new");
+            pool.sync().expect("the device is sound");
+        }
+        let pool = open(&crashed, TINY.cache_size).expect("as a crash left it");
+        assert_eq!(pool.health().replayed.batches == 0, is_journal_empty);
+        pool.start().expect("threads can be made");
+        pool.close().expect("the device is sound");
+        let after = used(&crashed);
+        assert!(after <= before + 8, "{after} blocks, {before} before");
+        check(&crashed, "after the discards").expect("nothing is to be found");
+    }
 }

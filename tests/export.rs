@@ -36,9 +36,10 @@ fn with_disk() -> (Datastore, tempfile::TempDir, PathBuf, Vec<u8>, u64) {
 }
 
 #[test]
-fn every_format_reads_the_same_outside() {
+fn every_format_reads_the_same_outside_and_imported_back() {
     if let Some(why) = cannot_mount() {
-        return not_run("every_format_reads_the_same_outside", &why);
+        let name = "every_format_reads_the_same_outside_and_imported_back";
+        return not_run(name, &why);
     }
     let (mut store, outside, raw, bytes, data) = with_disk();
     let qemu = has_qemu();
@@ -71,6 +72,12 @@ fn every_format_reads_the_same_outside() {
         if qemu {
             qemu_compares(&to, &raw);
         }
+        let back = store.dir().join(format!("back-{i}.raw"));
+        run(nodupe().arg("import").args([&to, &back]));
+        assert!(
+            fs::read(&back).unwrap() == bytes,
+            "{name}: imported, it differs"
+        );
     }
     store.unmount();
     store.check();
@@ -168,13 +175,8 @@ fn of_a_clone_only_the_differences_are_exported() {
     drop(file);
     let qemu = has_qemu();
     let text = |path: &Path| path.to_str().unwrap().to_owned();
-    for extension in ["qcow2", "vmdk", "vhd", "vhdx"] {
-        let format = match extension {
-            "qcow2" => Format::Qcow2,
-            "vmdk" => Format::Vmdk,
-            "vhd" => Format::Vhd,
-            _ => Format::Vhdx,
-        };
+    for extension in ["qcow2", "vmdk", "vhd", "vhdx", "vdi"] {
+        let format = Format::named(extension).unwrap();
         let parent = outside.path().join(format!("gold.{extension}"));
         let child = outside.path().join(format!("vm.{extension}"));
         export(&gold, &parent, &[]);
@@ -185,8 +187,20 @@ fn of_a_clone_only_the_differences_are_exported() {
         );
         assert_eq!(told["data_bytes"].as_u64(), Some(16384), "{told}");
         let written = told["written_bytes"].as_u64().unwrap();
-        assert!(written < 1 << 20, "{extension}: {told}");
-        assert!(contents(&child, format) == bytes, "{extension}");
+        // VDI has nothing smaller than its blocks of 1 MiB, in three of which something differs.
+        let limit = if format == Format::Vdi {
+            4 << 20
+        } else {
+            1 << 20
+        };
+        assert!(written < limit, "{extension}: {told}");
+        if format != Format::Vdi {
+            assert!(contents(&child, format) == bytes, "{extension}");
+        }
+        // As a library reads it: a VDI names its parent by its id alone.
+        let flat = outside.path().join(format!("flat-{extension}.raw"));
+        export(&child, &flat, &[]);
+        assert!(fs::read(&flat).unwrap() == bytes, "{extension}");
         if qemu && matches!(format, Format::Qcow2 | Format::Vmdk) {
             qemu_compares(&child, &clone);
         }

@@ -13,6 +13,7 @@ use common::model::{Id, ROOT};
 use nodupe::device::{BlockDevice, Fault, FaultOp, Repeat, SimDevice, SplitMix64};
 use nodupe::engine::{FileKind, Pool, RenameMode, XattrMode};
 use nodupe::error::Kind;
+use nodupe::units::Ino;
 
 const KIB: u64 = 1024;
 const B: u64 = 4096;
@@ -450,4 +451,50 @@ fn a_copy_that_found_no_space_is_written_before_it_is_two_rounds_old() {
             survives(&device, &runner, nth).expect("nothing is to be found");
         }
     }
+}
+
+#[test]
+fn copies_of_the_superblock_without_space_stop_no_checkpoint() {
+    let (device, mut runner) = pool_on_host(TINY.pool_size / B, 3).expect("a new pool");
+    for block in [TINY.pool_size / B - 2, TINY.pool_size / B - 1] {
+        device.discard(block * B, B).expect("in range");
+    }
+    // From here on the host has what it gave, and no block more.
+    device.limit_space(Some(device.taken()));
+    for name in ["a", "b", "c", "d", "e"] {
+        must(&mut runner, &create(name)).expect("the host is not full for this");
+        must(&mut runner, &Op::Checkpoint).expect("copies are not worth a refusal");
+        assert_eq!(runner.pool.usage().journal_used, 0, "the journal is free");
+    }
+    assert!(runner.pool.poisoned().is_none() && !runner.pool.is_host_full());
+    assert_eq!(runner.pool.health().stale_copies, 2);
+    let crashed = Arc::new(device.crash_none());
+    let again = open(&crashed, TINY.cache_size).expect("both slots are whole");
+    again.lookup(Ino::ROOT, b"e").expect("a synced name");
+    drop(again);
+    // They are written as soon as the host has space.
+    device.limit_space(None);
+    must(&mut runner, &Op::Checkpoint).expect("there is space");
+    assert_eq!(runner.pool.health().stale_copies, 0);
+    survives(&device, &runner, 3).expect("nothing is to be found");
+}
+
+#[test]
+fn nothing_is_committed_behind_a_superblock_that_says_clean() {
+    let (device, pool) = new_pool(&TINY, 4).expect("a new pool");
+    pool.close().expect("a sound device");
+    drop(pool);
+    // Not even the superblock can be written.
+    device.fail(FaultOp::Write, 1, Fault::NoSpace, Repeat::Forever);
+    let pool = open(&device, TINY.cache_size).expect("a full host is no reason to refuse it");
+    device.heal();
+    let mut runner = Runner::new(pool);
+    must(&mut runner, &create("a")).expect("the queue has room");
+    assert!(runner.pool.info().clean, "nothing tried it again");
+    device.fail(FaultOp::Write, 1, Fault::NoSpace, Repeat::Once);
+    let refused = runner.pool.sync().expect_err("no superblock, no batch");
+    assert_eq!(refused.kind(), Kind::NoSpace);
+    runner.pool.sync().expect("the host has space again");
+    assert!(!runner.pool.info().clean);
+    survives(&device, &runner, 4).expect("what was acknowledged is there");
 }

@@ -4,8 +4,9 @@
 mod common;
 
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 
-use common::crash::{TINY, new_pool};
+use common::crash::{Geometry, TINY, new_pool};
 use common::generate::random_bytes;
 use common::history::open;
 
@@ -259,4 +260,58 @@ fn nothing_of_a_future_that_was_given_up_comes_back() {
         let wanted = random_bytes(&mut SplitMix64::new(1000 + index), 9000);
         assert!(bytes == wanted, "write {index} is not what was written");
     }
+}
+
+/// Counts the bytes that are read.
+#[derive(Debug)]
+struct Reads {
+    device: SimDevice,
+    bytes: AtomicU64,
+}
+
+impl BlockDevice for Reads {
+    fn len(&self) -> u64 {
+        self.device.len()
+    }
+    fn read_at(&self, addr: u64, buf: &mut [u8]) -> std::io::Result<()> {
+        self.bytes.fetch_add(buf.len() as u64, Ordering::Relaxed);
+        self.device.read_at(addr, buf)
+    }
+    fn write_at(&self, addr: u64, data: &[u8]) -> std::io::Result<()> {
+        self.device.write_at(addr, data)
+    }
+    fn sync(&self) -> std::io::Result<()> {
+        self.device.sync()
+    }
+    fn discard(&self, addr: u64, len: u64) -> std::io::Result<()> {
+        self.device.discard(addr, len)
+    }
+}
+
+#[test]
+fn the_ring_of_a_clean_pool_is_not_searched() {
+    const LARGE: Geometry = Geometry {
+        pool_size: 256 * 1024 * 1024,
+        journal_size: 64 * 1024 * 1024,
+        ..TINY
+    };
+    let (device, pool) = new_pool(&LARGE, 8).expect("a pool is made");
+    create(&pool, "file");
+    let crashed = device.crash_all();
+    pool.close().expect("the device is sound");
+    let opened = |device: SimDevice| {
+        let bytes = AtomicU64::new(0);
+        let device = Arc::new(Reads { device, bytes });
+        let options = OpenOptions {
+            read_only: false,
+            cache_size: LARGE.cache_size,
+        };
+        Pool::open(device.clone(), None, &options).expect("the pool is whole");
+        device.bytes.load(Ordering::Relaxed)
+    };
+    let clean = opened(device.crash_all());
+    assert!(clean < 1024 * 1024, "{clean} bytes");
+    // Behind a crash the loss of the first batch would look like none.
+    let searched = opened(crashed);
+    assert!(searched > LARGE.journal_size / 4, "{searched} bytes");
 }

@@ -8,7 +8,7 @@ use std::sync::mpsc;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
-use common::crash::{TINY, check, new_pool};
+use common::crash::{Geometry, TINY, check, new_pool};
 use common::history::open;
 
 use nodupe::device::{BlockDevice, Fault, FaultOp, Repeat, SimDevice};
@@ -271,4 +271,30 @@ fn the_journal_is_kept_until_the_superblock_is_written() {
             assert!(found == wanted, "round {round} of {ino:?} is lost");
         }
     }
+}
+
+#[test]
+fn a_journal_never_takes_long_to_replay() {
+    // Discards take few bytes and long to replay: a ring that has room for a million of them is
+    // freed by a checkpoint long before.
+    const DISCARDS: u64 = 300_000;
+    let geometry = Geometry {
+        pool_size: 256 * 1024 * 1024,
+        journal_size: 64 * 1024 * 1024,
+        ..TINY
+    };
+    let (_, pool) = new_pool(&geometry, 6).expect("a pool is made");
+    let ino = create(&pool, "file");
+    pool.truncate(ino, 1 << 30, Time::default())
+        .expect("there is room");
+    pool.checkpoint().expect("the device is sound");
+    let before = pool.info().generation;
+    for n in 0..DISCARDS {
+        pool.punch(ino, n % 1000 * 4096, 4096, Time::default())
+            .expect("there is room");
+    }
+    pool.sync().expect("the device is sound");
+    let usage = pool.usage();
+    assert!(pool.info().generation > before, "no checkpoint came");
+    assert!(usage.journal_used < usage.journal_size / 4);
 }

@@ -20,10 +20,9 @@ use common::image::{self, Use, forge, hurt, in_use, page, put};
 use nodupe::device::{BlockDevice, FileDevice, OpenMode, SimDevice, SplitMix64};
 use nodupe::engine::{
     CheckOptions, CheckReport, FileKind, Finding, NewNode, OpenOptions, Pool, RepairReport,
-    XattrMode,
 };
 use nodupe::ondisk::node::NODE_RECORDS;
-use nodupe::ondisk::superblock::{FLAG_CLEAN, FLAG_REPAIRED, SLOTS, Superblock};
+use nodupe::ondisk::superblock::Superblock;
 use nodupe::units::{Ino, Time};
 
 const B: u64 = 4096;
@@ -678,73 +677,4 @@ fn a_lost_range_is_an_error_until_it_is_written_punched_or_cut_off() {
         (lines(&report.findings).as_str(), report.counts.lost_blocks),
         ("", 1)
     );
-}
-
-/// The pool that a repair leaves which lost a file, with much in the journal before the record
-/// about that file: many more changed nodes than a small cache may gather.
-fn long_journal_behind_a_repair() -> nodupe::error::Result<SimDevice> {
-    const MIB: u64 = 1024 * 1024;
-    let geometry = Geometry {
-        pool_size: 64 * MIB,
-        journal_size: 16 * MIB,
-        cache_size: 256 * MIB,
-    };
-    let (device, pool) = new_pool(&geometry, 1).expect("a sound device");
-    let now = Time::default();
-    let kept = pool.create_node(Ino::ROOT, b"kept", &NODE, now)?;
-    pool.checkpoint()?;
-    let lost = pool.create_node(Ino::ROOT, b"lost", &NODE, now)?;
-    pool.checkpoint()?;
-    let value = vec![7; 2000];
-    for index in 0..3000 {
-        let name = format!("user.{index}").into_bytes();
-        pool.set_xattr(kept.ino, &name, &value, XattrMode::Set, now)?;
-        if index % 100 == 99 {
-            pool.sync()?;
-        }
-    }
-    for index in 0..2 {
-        let name = format!("user.{index}").into_bytes();
-        pool.set_xattr(lost.ino, &name, b"of no use", XattrMode::Set, now)?;
-    }
-    pool.sync()?;
-    let image = device.crash_none();
-    // The trees of before the file, with the journal of after it.
-    let (slot, newest) = image::newest(&image);
-    let mut forged = Superblock::decode(&page(&image, 1 - slot))?;
-    assert_eq!(forged.generation + 1, newest.generation);
-    forged.generation = newest.generation + 1;
-    forged.journal_seq = newest.journal_seq;
-    forged.journal_pos = newest.journal_pos;
-    forged.flags = forged.flags & !FLAG_CLEAN | FLAG_REPAIRED;
-    put(&image, forged.generation % SLOTS, &forged.encode()[..]);
-    Ok(image)
-}
-
-#[test]
-fn a_checkpoint_in_the_middle_of_replay_forgets_no_repair() {
-    let device = Arc::new(long_journal_behind_a_repair().expect("a sound device"));
-    let (_, before) = image::newest(&device);
-    let options = OpenOptions {
-        read_only: false,
-        cache_size: TINY.cache_size,
-    };
-    let pool = Pool::open(device.clone(), None, &options).expect("the lost file is left out");
-    let image = Arc::new(device.crash_none());
-    let (_, after) = image::newest(&image);
-    assert!(after.generation > before.generation, "no checkpoint so far");
-    assert_ne!(after.flags & FLAG_REPAIRED, 0);
-    let again = Pool::open(image, None, &options).expect("so it is after a crash");
-    for pool in [pool, again] {
-        let kept = pool.lookup(Ino::ROOT, b"kept").expect("it is there");
-        for index in 0..3000 {
-            let name = format!("user.{index}").into_bytes();
-            let value = pool.xattr(kept.ino, &name).expect("it was synced");
-            assert_eq!(value, [7; 2000]);
-        }
-        pool.close().expect("a sound device");
-    }
-    let (_, closed) = image::newest(&device);
-    assert_eq!(closed.flags & FLAG_REPAIRED, 0);
-    assert!(check(&device).findings.is_empty());
 }

@@ -1,8 +1,9 @@
 //! What each fuzz target does with its input.
 
-use nodupe::control::{CLONES_MAX, Request, Response, clone_names};
+use nodupe::control::{CLONES_MAX, Compare, Request, Response, Token, clone_names};
 use nodupe::device::{BlockDevice, SimDevice};
 use nodupe::engine::Pool;
+use nodupe::engine::Share;
 use nodupe::ondisk::extent::{
     NodeRef, Root, decode_extent, decode_group, decode_refs, encode_extent, encode_group,
     encode_refs,
@@ -289,6 +290,20 @@ pub fn pool(data: &[u8]) {
     exercise(&forge.device, seed);
 }
 
+/// A request to compare a block with another.
+pub(crate) fn compare(source: Option<Token>) -> Compare {
+    let range = Share {
+        block: 1,
+        dst_block: 2,
+        count: 3,
+    };
+    Compare {
+        source,
+        range,
+        dry: false,
+    }
+}
+
 /// What arrives at the control channel, and what the daemon might answer.
 pub fn control(data: &[u8]) {
     if let Ok(request) = Request::decode(data) {
@@ -301,7 +316,7 @@ pub fn control(data: &[u8]) {
         }
     }
     let clone = Request::Clone {
-        source: nodupe::control::Token([0; 16]),
+        source: Token([0; 16]),
         name: String::new(),
         count: None,
         preserve: false,
@@ -312,6 +327,12 @@ pub fn control(data: &[u8]) {
         clone,
         Request::Usage,
         Request::Checkpoint,
+        Request::Places {
+            from: 0,
+            to: 1,
+            sums: true,
+        },
+        Request::ShareEqual(compare(None)),
     ];
     for request in requests {
         let answer = Response::decode(&request, data);

@@ -82,6 +82,7 @@ fn template(shape: Shape, child: bool) -> Template {
             Format::Vmdk => Identity::Cid(7),
             _ => Identity::Uuid(Uuid([7; 16])),
         }),
+        version: None,
         format,
     };
     let spec = Spec {
@@ -95,7 +96,7 @@ fn template(shape: Shape, child: bool) -> Template {
         },
         seconds: 1_700_000_000,
         name: "disk".to_owned(),
-        parent: (child && !shape.is_fixed() && format != Format::Vdi).then_some(parent),
+        parent: (child && !shape.is_fixed()).then_some(parent),
     };
     let map = vec![0..65536, SIZE - 4096..SIZE];
     let plan = Plan::new(&spec, &map).expect("a small disk");

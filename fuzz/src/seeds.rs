@@ -9,6 +9,7 @@ use nodupe::ondisk::node::{
 };
 use nodupe::ondisk::record::Record;
 
+use super::bodies::compare;
 use super::forge::{B, Page, page, superblock, u32_at, u64_at};
 use super::template::{Template, templates};
 
@@ -126,6 +127,12 @@ fn control(seeds: &mut Vec<Seed>) {
         Request::Usage,
         clone(None),
         clone(Some(9)),
+        Request::Places {
+            from: 7,
+            to: 1 << 40,
+            sums: true,
+        },
+        Request::ShareEqual(compare(Some(Token([0x5a; 16])))),
     ] {
         let payload = request.encode().expect("it is short");
         let len = payload.iter().position(|byte| *byte == 0).unwrap_or(0);
@@ -135,6 +142,8 @@ fn control(seeds: &mut Vec<Seed>) {
         r#"{"error":{"kind":"Exists","message":"it is there"}}"#,
         r#"{"ok":{"token":"5a5a5a5a5a5a5a5a5a5a5a5a5a5a5a5a","clones":3}}"#,
         r#"{"ok":{"size":1,"mapped":2,"exclusive":3,"extents":4}}"#,
+        r#"{"ok":{"runs":[[1,2,2]],"sums":"00000001fffffffe","next":9}}"#,
+        r#"{"ok":{"ranges":[[0,1],[2,3]],"compared":4}}"#,
         concat!(
             r#"{"ok":{"pid":1,"pool":"/p","uuid":"00112233445566778899aabbccddeeff","version":1,"#,
             r#""poisoned":null,"usage":{"total":1,"used":2,"available":3,"reserve":4,"staged":5,"#,

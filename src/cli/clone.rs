@@ -50,8 +50,8 @@ pub(super) struct Clone {
     /// Keep the owner of the source; without it the clone is yours
     #[arg(long)]
     preserve: bool,
-    /// Give each clone new ids, for hypervisors that refuse two disks with one: VHD, VHDX, VMDK of
-    /// one file, VDI. Several clones are made one after another
+    /// Give each clone new ids, for hypervisors that refuse two disks with one: VHD, VHDX, VMDK, VDI.
+    /// Several clones are made one after another
     #[arg(long)]
     new_identity: bool,
     /// Device of the journal, if the pool is not mounted and its journal is not in it

@@ -34,7 +34,7 @@ vmdk monolithicFlat, monolithicSparse.";
 #[derive(Debug, Args)]
 #[command(after_help = EXAMPLE)]
 pub(super) struct Convert {
-    /// The image, with its parents beside it
+    /// The image; parents are found by name and id below its directory
     src: PathBuf,
     /// The image to make
     dst: PathBuf,
@@ -47,6 +47,9 @@ pub(super) struct Convert {
     /// Format of SRC, instead of looking at it
     #[arg(long, value_name = "FORMAT")]
     from: Option<String>,
+    /// Directory in which parents and extents may be, too
+    #[arg(long, value_name = "DIR")]
+    allow_parent: Vec<PathBuf>,
     /// Keep the UUID or content id of SRC
     #[arg(long)]
     keep_identity: bool,
@@ -63,12 +66,12 @@ pub(super) fn run(args: &Convert, output: Output) -> Result<()> {
         match error.kind() {
             Kind::Exists => failure.hint("remove it first, or choose another name"),
             Kind::NoSpace => failure.hint("nothing was made; delete something first: nodupe df"),
-            _ => failure,
+            kind => hint_parents(failure, kind, &args.src),
         }
     };
     let shape = shape(args.format.as_deref(), args.subformat.as_deref(), &args.dst)?;
     let from = named(args.from.as_deref())?;
-    let image = Image::open(&args.src, from).map_err(|error| failed(&error))?;
+    let image = Image::open(&args.src, from, &args.allow_parent).map_err(|error| failed(&error))?;
     let dir = parent_of(&args.dst)?;
     let device = fs::metadata(&dir)
         .map_err(|error| Failure::new(format!("cannot use {}", show(&dir))).because(&error))?
@@ -120,6 +123,16 @@ pub(super) fn run(args: &Convert, output: Output) -> Result<()> {
         ));
     }
     Ok(())
+}
+
+/// Says what helps if a parent is not found.
+pub(super) fn hint_parents(failure: Failure, kind: Kind, src: &Path) -> Failure {
+    match kind {
+        Kind::NotFound | Kind::Denied if src.exists() => {
+            failure.hint("say in which directories parents are: --allow-parent DIR")
+        }
+        _ => failure,
+    }
 }
 
 /// The shape that is asked for.

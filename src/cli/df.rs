@@ -53,7 +53,7 @@ pub(super) struct Df {
 
 pub(super) fn run(args: &Df, output: Output) -> Result<()> {
     let (mut pools, mut files) = (Vec::new(), Vec::new());
-    let mut failures = Vec::new();
+    let (mut failures, mut unknown) = (Vec::new(), Vec::new());
     let mut add = |facts: Result<Facts>| match facts {
         Ok(Facts::Pool(facts)) => pools.push(*facts),
         Ok(Facts::File(facts)) => files.push(*facts),
@@ -64,6 +64,7 @@ pub(super) fn run(args: &Df, output: Output) -> Result<()> {
             let facts = answer.unwrap_or_else(|| Err(silent(&mount)));
             // Somebody may have unmounted it meanwhile.
             if facts.is_ok() || mounts::on(&mount.dir)?.as_ref() == Some(&mount) {
+                unknown.extend(facts.as_ref().err().map(|why| unknown_json(&mount, why)));
                 add(facts.map(|facts| Facts::Pool(Box::new(facts))));
             }
         }
@@ -74,7 +75,7 @@ pub(super) fn run(args: &Df, output: Output) -> Result<()> {
     let found_nothing = pools.is_empty() && files.is_empty();
     if args.json {
         output.json(json!({
-            "pools": pools.iter().map(pool_json).collect::<Vec<_>>(),
+            "pools": pools.iter().map(pool_json).chain(unknown).collect::<Vec<_>>(),
             "files": files.iter().map(file_json).collect::<Vec<_>>(),
         }));
     } else if !found_nothing {
@@ -89,6 +90,9 @@ pub(super) fn run(args: &Df, output: Output) -> Result<()> {
         }
         if let Some(advice) = advice(facts) {
             output.note(&advice);
+        }
+        if facts.health.is_some_and(|health| health.stale_copies > 0) {
+            output.note(&stale_text(facts));
         }
     }
     // As df does: shows what it can, tells every failure, and fails if there was one.
@@ -232,6 +236,16 @@ fn pool_json(facts: &PoolFacts) -> Value {
         "journal_size": usage.journal_size,
         "poisoned": facts.poisoned,
         "health": facts.health.as_ref().map(health_value),
+        "error": null,
+    })
+}
+
+/// A mount of which nothing is known but why.
+fn unknown_json(mount: &Mount, why: &Failure) -> Value {
+    json!({
+        "pool": show(&mount.source),
+        "mount": show(&mount.dir),
+        "error": why.chain.join(": "),
     })
 }
 
@@ -247,6 +261,14 @@ fn advice(facts: &PoolFacts) -> Option<String> {
 
 fn file_json(facts: &FileFacts) -> Value {
     info::usage_json(&facts.path, &facts.usage)
+}
+
+fn stale_text(facts: &PoolFacts) -> String {
+    format!(
+        "the host has no space to renew the copies of the superblock of {}, which count if both \
+         superblocks are damaged\n  free some on the filesystem that holds the pool",
+        show(&facts.pool)
+    )
 }
 
 fn poisoned_text(facts: &PoolFacts, why: &str) -> String {
@@ -285,6 +307,13 @@ mod tests {
         assert!(told[0].1.is_none());
         let failure = silent(&told[0].0);
         assert!(failure.chain[0].ends_with("does not answer"));
+        let entry = unknown_json(&told[0].0, &failure);
+        assert!(
+            entry["error"]
+                .as_str()
+                .is_some_and(|why| why.contains("does not answer"))
+        );
+        assert_eq!(entry["mount"], json!(show(&told[0].0.dir)));
         let told = ask(mounts(), Duration::from_secs(600), |_| Ok(7));
         assert_eq!(told[0].1.as_ref().unwrap().as_ref().unwrap(), &7);
     }

@@ -44,7 +44,7 @@ vmdk monolithicSparse, monolithicFlat, streamOptimized.";
 #[derive(Debug, Args)]
 #[command(after_help = EXAMPLE)]
 pub(super) struct Export {
-    /// The image, with its parents beside it
+    /// The image; parents are found by name and id below its directory
     src: PathBuf,
     /// The image to make, or - for standard output
     dst: PathBuf,
@@ -57,6 +57,9 @@ pub(super) struct Export {
     /// Format of SRC, instead of looking at it
     #[arg(long, value_name = "FORMAT")]
     from: Option<String>,
+    /// Directory in which parents and extents may be, too
+    #[arg(long, value_name = "DIR")]
+    allow_parent: Vec<PathBuf>,
     /// Compress the clusters of a qcow2, or make a streamOptimized VMDK
     #[arg(long)]
     compress: bool,
@@ -90,7 +93,7 @@ pub(super) fn run(args: &Export, output: Output) -> Result<()> {
         let failure = Failure::new(what()).because(error);
         match error.kind() {
             Kind::NoSpace => failure.hint("make room where it is written to"),
-            _ => failure,
+            kind => convert::hint_parents(failure, kind, &args.src),
         }
     };
     let made = made(args)?;
@@ -101,7 +104,7 @@ pub(super) fn run(args: &Export, output: Output) -> Result<()> {
         ));
     }
     let from = convert::named(args.from.as_deref())?;
-    let image = Image::open(&args.src, from).map_err(|error| failed(&error))?;
+    let image = Image::open(&args.src, from, &args.allow_parent).map_err(|error| failed(&error))?;
     let holes = |source: &_, range| image.data(source, range);
     let held = Held {
         chain: &image.chain,
@@ -190,7 +193,7 @@ fn made(args: &Export) -> Result<Made> {
     }
     let subformat = match (format, args.subformat.as_deref(), &args.backing) {
         (Format::Vmdk, None, _) => Some("monolithicSparse"),
-        (Format::Vhd | Format::Vhdx, None, Some(_)) => Some("dynamic"),
+        (Format::Vhd | Format::Vhdx | Format::Vdi, None, Some(_)) => Some("dynamic"),
         (_, subformat, _) => subformat,
     };
     let shape = Shape::of(format, subformat).map_err(|error| Failure::usage(error.to_string()))?;
@@ -211,11 +214,12 @@ fn against(
         Failure::new(format!("cannot compare with {}", show(path))).because(error)
     };
     let from = convert::named(args.backing_from.as_deref())?;
-    let right = Image::open(gold, from).map_err(|error| match error.kind() {
-        // The error itself names --from, which is of SRC.
-        Kind::Invalid => cannot(gold, &error).hint("of this one: --backing-from FORMAT"),
-        _ => cannot(gold, &error),
-    })?;
+    let right =
+        Image::open(gold, from, &args.allow_parent).map_err(|error| match error.kind() {
+            // The error itself names --from, which is of SRC.
+            Kind::Invalid => cannot(gold, &error).hint("of this one: --backing-from FORMAT"),
+            kind => convert::hint_parents(cannot(gold, &error), kind, gold),
+        })?;
     let holes = |source: &_, range| right.data(source, range);
     let held = Held {
         chain: &right.chain,
@@ -226,7 +230,8 @@ fn against(
     let (path, facts) = match &args.parent {
         None => (gold.to_path_buf(), facts),
         Some(path) => {
-            let parent = Image::open(path, None).map_err(|error| cannot(path, &error))?;
+            let parent = Image::open(path, None, &args.allow_parent);
+            let parent = parent.map_err(|error| cannot(path, &error))?;
             let why = unlike(&parent, facts.size, size).map_err(|error| cannot(path, &error))?;
             if let Some(why) = why {
                 return Err(Failure::new(format!("{} is no parent", show(path)))
@@ -257,6 +262,7 @@ fn against(
             name,
             absolute: None,
             identity: facts.identity,
+            version: facts.version,
             format: facts.format,
         },
         found,
@@ -574,7 +580,7 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("a.raw");
         std::fs::write(&path, vec![1; 3 * BLOCK_SIZE]).unwrap();
-        let image = Image::open(&path, None).unwrap();
+        let image = Image::open(&path, None, &[]).unwrap();
         let block = BLOCK_SIZE as u64;
         let unlike = |size, child| unlike(&image, size, child).unwrap();
         assert_eq!(unlike(3 * block, 5 * block), None);

@@ -2,8 +2,8 @@
 //!
 //! Invariants:
 //!
-//! 1. Extents and parents are opened only beside the image that names them, by their base name;
-//!    nothing but regular files, and no links.
+//! 1. Extents and parents are found as by an import, and only below the directory of the image and
+//!    those that the user allows; nothing but regular files is opened.
 //! 2. What a guest can write never decides the format: where names and contents disagree, or
 //!    nothing says what a parent is, the image is refused.
 
@@ -20,13 +20,12 @@ use std::time::{Duration, Instant};
 use nodupe::control::{self, Look, Request, Response, Token};
 use nodupe::error::{Error, Kind, Result};
 use nodupe::formats::chain::Chain;
-use nodupe::formats::{FileSource, Format, Layer, Source, probe};
-use nodupe::sys::{block, files};
+use nodupe::formats::{FileSource, Format, Source, probe};
+use nodupe::sys::block;
+use nodupe::transfer::{Library, What};
 use nodupe::units::BLOCK_SIZE;
 
 const B: u64 = BLOCK_SIZE as u64;
-/// Most parents of an image.
-const DEPTH_MAX: usize = 128;
 /// How long a token is used: it works for a minute.
 const TOKEN_AGE: Duration = Duration::from_secs(20);
 
@@ -60,61 +59,37 @@ pub(super) struct Image {
 }
 
 impl Image {
-    /// Opens `path` with its parents. `format`: not looked for.
-    pub(super) fn open(path: &Path, format: Option<Format>) -> Result<Self> {
-        let mut files = Vec::new();
-        // A link that the user names is followed; one that an image names is not.
-        let real = path
-            .canonicalize()
-            .map_err(|error| Error::io(format!("cannot open {}", path.display()), error))?;
-        let path = real.as_path();
-        let choice = format.map_or(Choice::ByUser, Choice::Exactly);
-        let mut layers = vec![layer(path, choice, &mut files)?];
-        let mut at = path.to_path_buf();
-        while let Some(parent) = layers[layers.len() - 1].facts().parent.clone() {
-            if layers.len() > DEPTH_MAX {
-                return Err(Error::new(
-                    Kind::Invalid,
-                    format!("more than {DEPTH_MAX} parents: perhaps a circle"),
+    /// Opens `path` with its parents, which may be below its directory and those of `allowed`.
+    /// `format`: not looked for.
+    pub(super) fn open(path: &Path, format: Option<Format>, allowed: &[PathBuf]) -> Result<Self> {
+        let mut library = Library::new();
+        for dir in allowed {
+            library.allow(dir)?;
+        }
+        library.add_file(path, format)?;
+        library.resolve();
+        match library.images().first().map(|image| &image.what) {
+            Some(What::Disk) => {}
+            None => return Err(refused("it is no disk image")),
+            Some(_) => {
+                return Err(refused(
+                    "it is an archive of disks: import it, nodupe import",
                 ));
             }
-            let choice = match (&parent.identity, parent.format.as_deref()) {
-                (Some(_), _) => Choice::Exactly(layers[layers.len() - 1].facts().format),
-                (None, Some(name)) => Choice::Exactly(named(name)?),
-                (None, None) => Choice::Backing,
-            };
-            let mut why = Error::new(
-                Kind::NotFound,
-                "the parent is named by its id only: import the image first",
-            );
-            let mut found = None;
-            for name in &parent.names {
-                let path = beside(&at, name);
-                match layer(&path, choice, &mut files) {
-                    Ok(layer) => {
-                        let known = parent.identity.is_none()
-                            || layer.facts().identity == parent.identity
-                            || parent.version.is_some();
-                        if known {
-                            found = Some((path, layer));
-                            break;
-                        }
-                        why = Error::new(
-                            Kind::Invalid,
-                            "the parent was changed since, or is another image",
-                        );
-                    }
-                    Err(error) => why = error,
-                }
-            }
-            let (path, layer) = found.ok_or(why)?;
-            layers.push(layer);
-            at = path;
         }
-        Ok(Self {
-            chain: Chain::new(layers),
-            files,
-        })
+        if !library.images()[0].wanted {
+            return Err(refused(
+                "it is a part of another image beside it: name that, or say what this is: --from",
+            ));
+        }
+        let mut files = Vec::new();
+        let chain = library.disk_through(0, &mut |file| {
+            let file = ImageFile::new(file)?;
+            let source = file.source.clone();
+            files.push(file);
+            Ok(source)
+        })?;
+        Ok(Self { chain, files })
     }
 
     /// The file behind a source of the chain, if it is one.
@@ -165,72 +140,21 @@ pub(super) fn by_name(path: &Path) -> Option<Format> {
     }
 }
 
-/// The file of that name, whatever directory it names, beside `path`.
-fn beside(path: &Path, name: &str) -> PathBuf {
-    let base = name.rsplit(['/', '\\']).next().unwrap_or(name);
-    path.with_file_name(base)
-}
-
-/// How the format of a file is known.
-#[derive(Clone, Copy, Debug)]
-enum Choice {
-    /// Said by the user, or by the child.
-    Exactly(Format),
-    /// The user names the file: its name and its contents say so together.
-    ByUser,
-    /// The backing file of a qcow2 that does not say what it is.
-    Backing,
-}
-
 /// The format of a file whose name ends in that of `path`.
 pub(super) fn choose(source: &dyn Source, path: &Path) -> Result<Format> {
     probe::choose(source, path.extension().and_then(OsStr::to_str))
 }
 
-fn layer(path: &Path, choice: Choice, files: &mut Vec<ImageFile>) -> Result<Box<dyn Layer>> {
-    let main = ImageFile::open(path)?;
-    let source = main.source.clone();
-    files.push(main);
-    let format = match choice {
-        Choice::Exactly(format) => format,
-        Choice::ByUser => choose(&*source, path)?,
-        Choice::Backing => {
-            let found = probe::probe(&*source)?;
-            if found != Format::Raw && by_name(path) != Some(found) {
-                return Err(Error::new(
-                    Kind::Invalid,
-                    format!(
-                        "{} looks like {found}, which a guest may have written, and its child \
-                         does not say: record the format in the child (qemu-img rebase -u -F)",
-                        path.display()
-                    ),
-                ));
-            }
-            found
-        }
-    };
-    probe::open(source, format, &mut |name| {
-        let file = ImageFile::open(&beside(path, name))?;
-        let source = file.source.clone();
-        files.push(file);
-        Ok(source)
-    })
+fn refused(what: &str) -> Error {
+    Error::new(Kind::Invalid, what)
 }
 
 impl ImageFile {
-    fn open(path: &Path) -> Result<Self> {
-        let failed = |error| Error::io(format!("cannot open {}", path.display()), error);
-        let no_file = || {
-            let what = format!("{} is no regular file", path.display());
-            Error::new(Kind::Invalid, what)
-        };
-        let file = files::open_itself(path).map_err(|error| match files::leads_out(&error) {
-            true => no_file(), // a link
-            false => failed(error),
-        })?;
+    fn new(file: File) -> Result<Self> {
+        let failed = |error| Error::io("cannot look at a file of the image", error);
         let metadata = file.metadata().map_err(failed)?;
         if !metadata.is_file() {
-            return Err(no_file());
+            return Err(refused("it is no regular file"));
         }
         let source = Arc::new(FileSource::new(file.try_clone().map_err(failed)?)?);
         let mut opened = Self {
@@ -387,7 +311,7 @@ mod tests {
     }
 
     fn refused(path: &Path) -> String {
-        Image::open(path, None).unwrap_err().to_string()
+        Image::open(path, None, &[]).unwrap_err().to_string()
     }
 
     #[test]
@@ -395,9 +319,9 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("a.img");
         fs::write(&path, empty(Shape::Qcow2, None)).unwrap();
-        let image = Image::open(&path, None).unwrap();
+        let image = Image::open(&path, None, &[]).unwrap();
         assert_eq!(image.chain.layers()[0].facts().format, Format::Qcow2);
-        let image = Image::open(&path, Some(Format::Raw)).unwrap();
+        let image = Image::open(&path, Some(Format::Raw), &[]).unwrap();
         assert_eq!(image.chain.layers()[0].facts().format, Format::Raw);
         let path = dir.path().join("a.raw");
         fs::write(&path, empty(Shape::Qcow2, None)).unwrap();
@@ -415,6 +339,7 @@ mod tests {
             name: "gold.img".into(),
             absolute: None,
             identity: None,
+            version: None,
             format: Format::Raw,
         };
         let mut child = empty(Shape::Qcow2, Some(parent));
@@ -422,7 +347,7 @@ mod tests {
         let gold = dir.path().join("gold.img");
         fs::write(&gold, empty(Shape::Qcow2, None)).unwrap();
         fs::write(&path, &child).unwrap();
-        let image = Image::open(&path, None).unwrap();
+        let image = Image::open(&path, None, &[]).unwrap();
         assert_eq!(image.chain.layers()[1].facts().format, Format::Raw);
         // An extension of the header that nobody knows, instead of the format.
         child[104..108].copy_from_slice(&[1; 4]);
@@ -430,18 +355,35 @@ mod tests {
         let told = refused(&path);
         assert!(told.contains("rebase"), "{told}");
         fs::write(&gold, vec![0; 1 << 20]).unwrap();
-        assert_eq!(Image::open(&path, None).unwrap().chain.layers().len(), 2);
+        assert_eq!(
+            Image::open(&path, None, &[]).unwrap().chain.layers().len(),
+            2
+        );
     }
     #[test]
-    fn an_image_names_neither_a_link_nor_a_directory() {
+    fn an_image_names_neither_a_link_that_leads_out_nor_a_directory() {
         let dir = tempfile::tempdir().unwrap();
-        let (file, link) = (dir.path().join("a"), dir.path().join("b"));
-        fs::write(&file, "x").unwrap();
-        std::os::unix::fs::symlink(&file, &link).unwrap();
-        assert!(ImageFile::open(&file).is_ok());
-        for path in [link.as_path(), dir.path()] {
-            let told = ImageFile::open(path).unwrap_err().to_string();
-            assert!(told.contains("no regular file"), "{told}");
-        }
+        let (home, path) = (dir.path().join("home"), dir.path().join("home/child.qcow2"));
+        fs::create_dir(&home).unwrap();
+        let parent = Parent {
+            name: "gold.img".into(),
+            absolute: None,
+            identity: None,
+            version: None,
+            format: Format::Raw,
+        };
+        fs::write(&path, empty(Shape::Qcow2, Some(parent))).unwrap();
+        let (outside, gold) = (dir.path().join("outside"), home.join("gold.img"));
+        fs::write(&outside, vec![0; 1 << 20]).unwrap();
+        std::os::unix::fs::symlink(&outside, &gold).unwrap();
+        assert!(refused(&path).contains("leads out"));
+        fs::remove_file(&gold).unwrap();
+        fs::create_dir(&gold).unwrap();
+        assert!(refused(&path).contains("no regular file"));
+        fs::remove_dir(&gold).unwrap();
+        assert!(
+            refused(&path).contains("gold.img"),
+            "it says what is missing"
+        );
     }
 }

@@ -9,6 +9,7 @@ use std::process::ExitCode;
 use clap::{Args, Command, CommandFactory, FromArgMatches, Parser, Subcommand};
 
 mod access;
+mod blocks;
 mod check;
 mod client;
 mod clone;
@@ -16,6 +17,7 @@ mod convert;
 mod create;
 #[cfg(feature = "fuse")]
 mod daemon;
+mod dedupe;
 mod df;
 mod differ;
 mod export;
@@ -74,6 +76,7 @@ enum Verb {
     Umount(umount::Umount),
     Clone(clone::Clone),
     Convert(convert::Convert),
+    Dedupe(dedupe::Dedupe),
     Df(df::Df),
     Export(export::Export),
     Grow(grow::Grow),
@@ -87,7 +90,7 @@ enum Verb {
 /// The verbs by what they are for, as the top-level help shows them.
 const GROUPS: &[(&str, &[&str])] = &[
     ("Set up", &["create", "mount", "umount", "grow"]),
-    ("Every day", &["clone", "df", "info"]),
+    ("Every day", &["clone", "dedupe", "df", "info"]),
     ("Images", &["import", "inspect", "convert", "export"]),
     ("Trust", &["check", "scrub"]),
 ];
@@ -139,6 +142,7 @@ fn dispatch(cli: &Cli) -> Result<(), Failure> {
         Verb::Umount(args) => umount::run(args, output),
         Verb::Clone(args) => clone::run(args, output),
         Verb::Convert(args) => convert::run(args, output),
+        Verb::Dedupe(args) => dedupe::run(args, output),
         Verb::Df(args) => df::run(args, output),
         Verb::Export(args) => export::run(args, output),
         Verb::Grow(args) => grow::run(args, output),

@@ -9,6 +9,7 @@
 
 use std::fs::{self, File};
 use std::os::fd::AsFd;
+use std::os::unix::fs::FileExt;
 use std::path::Path;
 use std::time::Duration;
 
@@ -21,7 +22,7 @@ use nodupe::vfs::UNNAMED_PREFIX as PREFIX;
 const AGE: Duration = Duration::from_secs(60);
 
 /// A name that nobody uses, which begins so.
-pub(super) fn hidden(prefix: &str) -> Result<String> {
+fn hidden(prefix: &str) -> Result<String> {
     let random = sys::control::random()
         .map_err(|error| Error::io("no random numbers from the system", error))?;
     let digits: String = random.iter().map(|byte| format!("{byte:02x}")).collect();
@@ -38,6 +39,30 @@ pub(super) fn create(dir: &Path, mode: u32, direct: bool) -> Result<File> {
         Err(error) if error.kind() != std::io::ErrorKind::NotFound => Err(failed(error)),
         _ => Ok(file),
     }
+}
+
+/// Gives `to`, which is empty, the contents of `from`, a file of the same pool, as far as `size`.
+pub(super) fn copy_all(from: &File, to: &File, size: u64) -> Result<()> {
+    let failed = |error| Error::io("cannot clone the contents", error);
+    let mut done = 0;
+    while done < size {
+        match files::copy_range(from, done, to, done, size - done).map_err(failed)? {
+            0 => break,
+            copied => done += copied,
+        }
+    }
+    Ok(())
+}
+
+/// Makes one copy within the mount that `dir` is in, before several threads do. Linux 6.18 asks for
+/// copies in a new way first; if the first two of a mount are under way at once it misunderstands
+/// that the daemon does not know the new way, and shares nothing any more until the next mount.
+pub(super) fn copy_once(dir: &Path) -> Result<()> {
+    let failed = |error| Error::io(format!("cannot write in {}", dir.display()), error);
+    let file = create(dir, 0o600, false)?;
+    file.write_all_at(b"x", 0).map_err(failed)?;
+    files::copy_range(&file, 0, &file, 1, 1).map_err(failed)?;
+    Ok(())
 }
 
 /// Gives the contents of `file` the name `name` in `dir`. `preserve`: with its owner, mode and times.

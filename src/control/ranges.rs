@@ -156,7 +156,7 @@ pub(super) fn extents_from(object: &Object<'_>) -> Result<Extents> {
 }
 
 /// A list of lists of `N` numbers.
-fn lists<const N: usize>(object: &Object<'_>, name: &str) -> Result<Vec<[u64; N]>> {
+pub(super) fn lists<const N: usize>(object: &Object<'_>, name: &str) -> Result<Vec<[u64; N]>> {
     let list = object.field(name)?.as_array();
     let list = list.ok_or_else(|| malformed(name))?;
     let numbers = |value: &Value| -> Option<[u64; N]> {

@@ -46,6 +46,11 @@ fn requests() -> Vec<Request> {
             to: 1,
             other: None,
         }),
+        Request::Places {
+            from: 0,
+            to: u64::MAX,
+            sums: false,
+        },
         Request::Grow { size: None },
         Request::Grow {
             size: Some(1 << 50),

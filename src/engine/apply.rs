@@ -18,6 +18,7 @@ use crate::units::{BLOCK_SIZE, Ino, Time};
 use super::extents::Mapped;
 use super::meta::Meta;
 use super::stage::{FileAttr, Stage};
+use super::work;
 
 /// A rename that replaces what has the new name.
 pub(crate) const RENAME_REPLACE: u8 = 0;
@@ -166,7 +167,7 @@ pub(crate) fn apply(meta: &mut Meta, stage: &mut Stage, record: &Record) -> Resu
         Record::Truncate { ino, size, now } => {
             let mut inode = load_file(meta, stage, *ino)?;
             // Whatever the size is: replay learns it from the end of the batch only.
-            unmap(meta, &mut inode, blocks_of(*size), u64::MAX)?;
+            unmap(meta, stage, &mut inode, blocks_of(*size), u64::MAX)?;
             stage.drop_range(*ino, blocks_of(*size), u64::MAX);
             inode.size = *size;
             (inode.mtime, inode.ctime) = (*now, *now);
@@ -180,7 +181,7 @@ pub(crate) fn apply(meta: &mut Meta, stage: &mut Stage, record: &Record) -> Resu
         } => {
             let mut inode = load_file(meta, stage, *ino)?;
             let end = block.saturating_add(*count);
-            unmap(meta, &mut inode, *block, end)?;
+            unmap(meta, stage, &mut inode, *block, end)?;
             stage.drop_range(*ino, *block, end);
             (inode.mtime, inode.ctime) = (*now, *now);
             store(meta, stage, *ino, &inode)
@@ -202,7 +203,7 @@ pub(crate) fn apply(meta: &mut Meta, stage: &mut Stage, record: &Record) -> Resu
         Record::EndClone { dst } => {
             let mut inode = load_file(meta, stage, *dst)?;
             let end = blocks_of(inode.size);
-            unmap(meta, &mut inode, end, u64::MAX)?;
+            unmap(meta, stage, &mut inode, end, u64::MAX)?;
             stage.drop_range(*dst, end, u64::MAX);
             unpin(meta, *dst, &mut inode)?;
             store(meta, stage, *dst, &inode)
@@ -211,8 +212,9 @@ pub(crate) fn apply(meta: &mut Meta, stage: &mut Stage, record: &Record) -> Resu
 }
 
 /// Makes a range of a file a hole; a range of many extents is handed to the reaper.
-fn unmap(meta: &mut Meta, inode: &mut Inode, from: u64, to: u64) -> Result<()> {
+fn unmap(meta: &mut Meta, stage: &mut Stage, inode: &mut Inode, from: u64, to: u64) -> Result<()> {
     let (blocks, extents) = meta.count_mapped(inode.root, from, to)?;
+    stage.work += work::of_extents(extents);
     if blocks == 0 {
         return Ok(());
     }
@@ -233,10 +235,10 @@ fn unmap(meta: &mut Meta, inode: &mut Inode, from: u64, to: u64) -> Result<()> {
 
 /// Changes times and, by `subdirectories`, the links of a directory.
 fn stamp(meta: &mut Meta, dir: Ino, now: Time, subdirectories: i32) -> Result<()> {
-    let mut inode = meta.directory(dir)?;
-    (inode.mtime, inode.ctime) = (now, now);
-    inode.nlink = inode.nlink.saturating_add_signed(subdirectories);
-    meta.put_inode(dir, &inode)
+    meta.change_directory(dir, &mut |inode| {
+        (inode.mtime, inode.ctime) = (now, now);
+        inode.nlink = inode.nlink.saturating_add_signed(subdirectories);
+    })
 }
 
 /// Changes the time of the last change.
@@ -327,7 +329,8 @@ fn create(meta: &mut Meta, record: &Record) -> Result<()> {
         origin_generation: 0,
         origin_time: Time::default(),
     };
-    if meta.has_inode(*ino)? {
+    // Numbers from the next one on are free.
+    if ino.0 < meta.next_ino && meta.has_inode(*ino)? {
         return Err(Error::corrupt(format!(
             "an inode that is created exists: ino={ino}"
         )));
@@ -522,10 +525,11 @@ fn clone_range(meta: &mut Meta, stage: &mut Stage, record: &Record) -> Result<()
         let to = |from: u64| from - block + dst_block;
         // Both may be one file: what is shared was read before the destination changes, and the
         // references to it are taken before those of the destination are dropped.
+        stage.work += work::of_extents(2 * parts.len() as u64);
         for part in &parts {
             meta.space.delta.add(part.extent, 1);
         }
-        unmap(meta, &mut inode, to(at), to(next))?;
+        unmap(meta, stage, &mut inode, to(at), to(next))?;
         for part in &parts {
             meta.map(&mut inode.root, to(part.at), part.extent)?;
             meta.space.delta.add(part.extent, -1);

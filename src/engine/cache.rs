@@ -11,26 +11,57 @@
 
 use std::collections::HashMap;
 use std::num::NonZeroUsize;
+use std::ops::Deref;
 use std::sync::Arc;
-
-use lru::LruCache;
 
 use crate::error::{Error, Result};
 use crate::ondisk::Page;
 use crate::sync::atomic::{AtomicU64, Ordering};
 use crate::sync::{Mutex, ranked, thread};
+use crate::sys::slab::{Slab, SlabPage};
+use crate::units::BLOCK_SIZE;
+
+use super::recent::Recent;
 
 /// Shards of the cache, so that readers seldom meet.
 const SHARDS: usize = 16;
 
+/// Contents of a block that the cache holds, or held a moment ago.
+pub(crate) type Cached = Arc<SlabPage>;
+
 /// Called with a block that somebody else has read, or with why that failed.
-pub(crate) type Waiter = Box<dyn FnOnce(Result<Arc<Page>>) + Send>;
+pub(crate) type Waiter = Box<dyn FnOnce(Result<Cached>) + Send>;
+
+/// Contents of a block in memory.
+#[derive(Clone, Debug)]
+pub(crate) enum Held {
+    /// There is no block: a hole.
+    Zeros,
+    /// In the stage.
+    Staged(Arc<Page>),
+    /// In the cache.
+    Cached(Cached),
+}
+
+/// What a hole holds.
+static ZEROS: Page = [0; BLOCK_SIZE];
+
+impl Held {
+    /// Its bytes.
+    pub(crate) fn bytes(&self) -> &Page {
+        match self {
+            Self::Zeros => &ZEROS,
+            Self::Staged(page) => page,
+            Self::Cached(page) => page,
+        }
+    }
+}
 
 /// What a reader finds that needs a block.
 #[derive(Debug)]
 pub(crate) enum Look {
     /// Its contents.
-    Here(Arc<Page>),
+    Here(Cached),
     /// Nothing: the caller reads it, and calls [`BlockCache::loaded`].
     Ours,
     /// Somebody else reads it, and will call the waiter.
@@ -41,11 +72,13 @@ pub(crate) enum Look {
 #[derive(Debug)]
 pub(crate) struct BlockCache {
     shards: Vec<Mutex<Shard>>,
+    /// Where the contents lie.
+    memory: Slab,
 }
 
 /// Rank 8 in the lock order: nothing is locked while one is held.
 struct Shard {
-    pages: LruCache<u64, Arc<Page>>,
+    pages: Recent<Cached>,
     /// Blocks that somebody is reading from the device, and who waits for them.
     loading: HashMap<u64, Vec<Waiter>>,
 }
@@ -61,11 +94,12 @@ impl BlockCache {
     pub(crate) fn new(blocks_max: usize) -> Self {
         let each = NonZeroUsize::new(blocks_max / SHARDS).unwrap_or(NonZeroUsize::MIN);
         let shard = || Shard {
-            pages: LruCache::new(each),
+            pages: Recent::new(each),
             loading: HashMap::new(),
         };
         Self {
             shards: (0..SHARDS).map(|_| ranked::mutex(8, shard())).collect(),
+            memory: Slab::default(),
         }
     }
 
@@ -74,25 +108,30 @@ impl BlockCache {
     }
 
     /// The contents of a block, if they are here.
-    pub(crate) fn get(&self, block: u64) -> Option<Arc<Page>> {
-        self.shard(block).lock().pages.get(&block).cloned()
+    pub(crate) fn get(&self, block: u64) -> Option<Cached> {
+        self.shard(block).lock().pages.get(block).cloned()
     }
 
     /// Keeps the contents of a block.
-    pub(crate) fn put(&self, block: u64, page: Arc<Page>) {
-        let old = self.shard(block).lock().pages.push(block, page);
+    pub(crate) fn put(&self, block: u64, page: impl Deref<Target = Page>) {
+        self.keep(block, Arc::new(self.memory.copy(&page)));
+    }
+
+    fn keep(&self, block: u64, page: Cached) {
+        let old = self.shard(block).lock().pages.put(block, page);
         drop(old); // its memory is given back without the lock
     }
 
     /// Forgets a block.
     pub(crate) fn remove(&self, block: u64) {
-        self.shard(block).lock().pages.pop(&block);
+        let old = self.shard(block).lock().pages.remove(block);
+        drop(old);
     }
 
     /// Looks for a block that the caller, which is pinned, is going to read.
     pub(crate) fn look(&self, block: u64, waiter: impl FnOnce() -> Waiter) -> Look {
         let shard = &mut *self.shard(block).lock();
-        if let Some(page) = shard.pages.get(&block) {
+        if let Some(page) = shard.pages.get(block) {
             return Look::Here(Arc::clone(page));
         }
         match shard.loading.get_mut(&block) {
@@ -110,10 +149,11 @@ impl BlockCache {
     /// The caller, which was told [`Look::Ours`], has read the block, or could not. It is kept if
     /// the caller wants that, or if somebody else waits for it. Called without a lock held.
     pub(crate) fn loaded(&self, block: u64, bytes: std::result::Result<&Page, &Error>, keep: bool) {
+        let copy = |bytes| Arc::new(self.memory.copy(bytes));
         // I2: what is kept is here before it is not loading any more.
-        let kept = bytes.ok().filter(|_| keep).map(|bytes| Arc::new(*bytes));
+        let kept = bytes.ok().filter(|_| keep).map(copy);
         if let Some(page) = &kept {
-            self.put(block, Arc::clone(page));
+            self.keep(block, Arc::clone(page));
         }
         let waiters = self.shard(block).lock().loading.remove(&block);
         let waiters = waiters.unwrap_or_default();
@@ -122,9 +162,9 @@ impl BlockCache {
         }
         match bytes {
             Ok(bytes) => {
-                let page = kept.unwrap_or_else(|| Arc::new(*bytes));
+                let page = kept.unwrap_or_else(|| copy(bytes));
                 if !keep {
-                    self.put(block, Arc::clone(&page));
+                    self.keep(block, Arc::clone(&page));
                 }
                 for waiter in waiters {
                     waiter(Ok(Arc::clone(&page)));
@@ -144,7 +184,7 @@ impl BlockCache {
 pub(crate) struct Readers {
     epoch: AtomicU64,
     active: [AtomicU64; 2],
-    /// Pins there ever were: tells whether anybody reads.
+    /// Readers there ever were: tells whether anybody reads.
     begun: AtomicU64,
 }
 
@@ -161,9 +201,14 @@ impl Readers {
         self.begun.load(Ordering::Relaxed)
     }
 
+    /// Counts a reader that needs no pin.
+    pub(crate) fn note(&self) {
+        self.begun.fetch_add(1, Ordering::Relaxed);
+    }
+
     /// Begins to read.
     pub(crate) fn pin(self: &Arc<Self>) -> Pin {
-        self.begun.fetch_add(1, Ordering::Relaxed);
+        self.note();
         loop {
             let epoch = self.epoch.load(Ordering::SeqCst);
             let slot = (epoch & 1) as usize;

@@ -21,7 +21,7 @@
 //! A crash before the flip finds the old superblock, whose trees are untouched, because nothing
 //! they refer to is free before step 5.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use crate::error::{Error, Kind, Result};
@@ -32,6 +32,7 @@ use crate::units::{BLOCK_SIZE, Ino};
 
 use super::journal::Cut;
 use super::meta::{Meta, floor_blocks};
+use super::nodes::BlockMap;
 use super::pool::Pool;
 
 /// Runs of reference counts merged under one hold of the trees.
@@ -219,7 +220,7 @@ impl Pool {
         }
     }
 
-    fn write_nodes(&self, nodes: &HashMap<u64, Arc<Node>>) -> Result<()> {
+    fn write_nodes(&self, nodes: &BlockMap<Arc<Node>>) -> Result<()> {
         let sorted: BTreeMap<u64, &Arc<Node>> =
             nodes.iter().map(|(at, node)| (*at, node)).collect();
         let mut buffer: Vec<u8> = Vec::new();
@@ -254,24 +255,45 @@ impl Pool {
         self.device_sync()?;
         // The copy is for a pool that lost both slots; it need not be durable now.
         *self.superblock.lock() = superblock.clone();
-        match self.device_write(superblock.end_block() + slot, &page[..]) {
-            Err(error) if error.kind() == Kind::NoSpace => {
-                self.stale_copies.lock().push(superblock.clone());
-                Ok(())
-            }
-            written => written,
-        }
+        let mut stale = self.stale_copies.lock().clone();
+        stale.retain(|old| old.generation % SLOTS != slot);
+        stale.push(superblock.clone());
+        self.write_copies(stale)
     }
 
     /// Writes the copies that an earlier flip, or the open, could not, before `superblock` makes
     /// them older still. Where the pool grows there are newer ones at its new end.
     fn renew_copies(&self, superblock: &Superblock) -> Result<()> {
-        let stale = self.stale_copies.lock().clone();
-        for old in stale.iter().filter(|old| old.blocks == superblock.blocks) {
-            let place = old.end_block() + old.generation % SLOTS;
-            self.device_write(place, &old.encode()[..])?;
+        let mut stale = self.stale_copies.lock().clone();
+        stale.retain(|old| old.blocks == superblock.blocks);
+        self.write_copies(stale)
+    }
+
+    /// Writes copies of the slots. One that the host has no space for stops nothing, because it
+    /// matters only when both slots are gone: the next flip tries it again, and until then it is
+    /// said that it is old.
+    fn write_copies(&self, copies: Vec<Superblock>) -> Result<()> {
+        let mut stale = Vec::new();
+        for copy in copies {
+            let place = copy.end_block() + copy.generation % SLOTS;
+            let addr = place * BLOCK_SIZE as u64;
+            let written = self.device.write_at(addr, &copy.encode()[..]);
+            let context = || format!("cannot write a copy of the superblock: block={place}");
+            match written.map_err(|source| Error::io(context(), source)) {
+                Err(error) if error.kind() == Kind::NoSpace => stale.push((copy, error)),
+                written => written.inspect_err(|error| self.poison(error))?,
+            }
         }
-        self.stale_copies.lock().clear();
+        let was_stale = !self.stale_copies.lock().is_empty();
+        match stale.first() {
+            Some((_, error)) if !was_stale => log::warn!(
+                "{error}; if both superblocks are damaged there is no newer copy: free some space \
+                 on the filesystem that holds the pool"
+            ),
+            None if was_stale => log::warn!("the copies of the superblock are as new again"),
+            _ => {}
+        }
+        *self.stale_copies.lock() = stale.into_iter().map(|(copy, _)| copy).collect();
         Ok(())
     }
 
@@ -303,7 +325,7 @@ impl Meta {
 
     /// Seals all dirty nodes. Extent maps come first, because inode records hold their roots.
     fn seal_all(&mut self) -> Result<()> {
-        let mut sealed = HashMap::new();
+        let mut sealed = BlockMap::default();
         for ino in self.changed_files.clone() {
             let mut inode = self.inode(Ino(ino))?;
             self.seal(&mut inode.root, &mut sealed)?;

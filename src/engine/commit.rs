@@ -21,7 +21,7 @@ use crate::sync::mpsc;
 
 use super::journal::{Cut, Journal};
 use super::pool::Pool;
-use super::stage::Batch;
+use super::stage::{Batch, Stage};
 use super::waiters::Done;
 
 /// Rounds in a row after which one writer that syncs each write is expected to go on like that. One
@@ -116,7 +116,7 @@ impl Pool {
         self.check_poison()?;
         let mut journal = self.journal.lock();
         let mut stage = self.stage.lock();
-        if !stage.is_clean() && !journal.fits(stage.pending_bytes(), checkpoint) {
+        if !stage.is_clean() && !self.has_room(&journal, &stage, checkpoint) {
             return Ok(Round::Full);
         }
         let batch = stage.take();
@@ -139,7 +139,7 @@ impl Pool {
         let (upto, is_small) = (batch.upto, batch.items.len() <= SMALL_ITEMS);
         self.append(&mut journal, batch)?;
         journal.sync().inspect_err(|error| self.poison(error))?;
-        let is_half_full = journal.used() > journal.size() / 2;
+        let is_half_full = journal.is_over(2);
         drop(journal);
         if is_half_full {
             self.wake_worker();
@@ -149,6 +149,15 @@ impl Pool {
             state.alone = 0;
         }
         Ok(Round::Durable(upto))
+    }
+
+    /// True if what is queued may go to the journal.
+    fn has_room(&self, journal: &Journal, stage: &Stage, checkpoint: bool) -> bool {
+        // I5 of the journal. A checkpoint comes first: its cut keeps what is queued.
+        let may_write = !self.is_clean() && journal.fits(stage.pending_bytes(), checkpoint);
+        // Where the host lets no checkpoint through, deleting may go on as long as there is room.
+        let in_time = || checkpoint || self.is_host_full() || journal.has_time(stage.work);
+        may_write && in_time()
     }
 
     /// Appends a batch, if there is anything in it.
@@ -200,7 +209,7 @@ impl Pool {
         self.check_poison()?;
         let mut journal = self.journal.lock();
         let mut stage = self.stage.lock();
-        let room = journal.fits(stage.pending_bytes(), false);
+        let room = self.has_room(&journal, &stage, false);
         // With a batch that is not durable in the ring it would wait for a sync: it was no use.
         if stage.is_clean() || stage.needs_flush() || journal.is_unsynced() || !room {
             return Ok(());

@@ -29,6 +29,11 @@ impl Delta {
 
     /// Adds `change` to the count of the blocks `start` up to `end`.
     pub(crate) fn add_range(&mut self, start: u64, end: u64, change: i64) {
+        // As a rule what changes again is what changed before.
+        if let Some(run) = self.runs.get_mut(&start).filter(|run| run.0 == end) {
+            run.1 += change;
+            return;
+        }
         let mut start = start;
         self.split_at(start);
         self.split_at(end);

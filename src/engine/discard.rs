@@ -9,7 +9,7 @@
 //!    more, as for allocation.
 //! 3. It is best effort: what waits beyond `WAITING_MAX` of `space.rs` is not given back before it
 //!    is used and freed again. What waited when the daemon died is found by giving back all that is
-//!    free, in slices in the background, after the journal was replayed.
+//!    free, in slices in the background, when a pool is opened that was not closed.
 
 use crate::error::{Kind, Result};
 use crate::ondisk::superblock::FLAG_PREALLOCATED;

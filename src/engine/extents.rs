@@ -82,8 +82,9 @@ impl Meta {
         to: u64,
         visit: &mut dyn FnMut(Mapped) -> ControlFlow<()>,
     ) -> Result<()> {
-        if let Some((key, value)) = self.floor(root, TreeKind::Extents, u128::from(from))?
-            && let Some(part) = decode(key, &value)?.clip(from, to)
+        let first = self.with_floor(root, TreeKind::Extents, u128::from(from), decode)?;
+        if let Some(first) = first
+            && let Some(part) = first?.clip(from, to)
             && visit(part).is_break()
         {
             return Ok(());
@@ -93,6 +94,14 @@ impl Meta {
             let part = decode(key, value)?.clip(from, to);
             Ok(part.is_none_or(|part| visit(part).is_continue()))
         })
+    }
+
+    /// Where one file block is, if it is mapped.
+    pub(crate) fn mapped_block(&self, root: Root, at: u64) -> Result<Option<Extent>> {
+        let found = self.with_floor(root, TreeKind::Extents, u128::from(at), |key, value| {
+            decode(key, value).map(|mapped| mapped.clip(at, at + 1))
+        })?;
+        Ok(found.transpose()?.flatten().map(|part| part.extent))
     }
 
     /// Number of mapped blocks and of extents in a range.

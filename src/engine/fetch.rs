@@ -24,7 +24,7 @@ use crate::sync::atomic::{AtomicUsize, Ordering};
 use crate::sync::{Condvar, Mutex, ranked};
 use crate::units::BLOCK_SIZE;
 
-use super::cache::{BlockCache, Look, Pin, Waiter};
+use super::cache::{BlockCache, Held, Look, Pin, Waiter};
 use super::counters::Counters;
 use super::pieces::{Piece, Want, pieces};
 
@@ -42,8 +42,8 @@ const ROOM_MIN: usize = 16 * 1024; // 16 KiB
 pub(crate) struct Request {
     /// First byte, and the first one behind: not behind the end of the file.
     pub(crate) range: Range<u64>,
-    /// Blocks in memory, by block of the file; `None` is zeros. What is nowhere is a hole.
-    pub(crate) pages: Vec<(u64, Option<Arc<Page>>)>,
+    /// Blocks in memory, by block of the file. What is nowhere is a hole.
+    pub(crate) pages: Vec<(u64, Held)>,
     /// Blocks to read, in the order of the pool, other ones than those in `pages`.
     pub(crate) wants: Vec<Want>,
     /// What is read stays in the cache.
@@ -65,7 +65,7 @@ pub struct ReadBytes {
 #[derive(Debug)]
 enum Memory {
     None,
-    Page(Arc<Page>),
+    Block(Held),
     Bounce(Bounce),
     Heap(Vec<u8>),
 }
@@ -78,6 +78,14 @@ impl ReadBytes {
             range: 0..0,
         }
     }
+
+    /// A part of one block, which is not behind the end of the block.
+    pub(crate) fn of_block(block: Held, range: Range<usize>) -> Self {
+        Self {
+            memory: Memory::Block(block),
+            range,
+        }
+    }
 }
 
 impl Deref for ReadBytes {
@@ -86,7 +94,7 @@ impl Deref for ReadBytes {
     fn deref(&self) -> &[u8] {
         let memory = match &self.memory {
             Memory::None => &[][..],
-            Memory::Page(page) => &page[..],
+            Memory::Block(block) => &block.bytes()[..],
             Memory::Bounce(bounce) => bounce,
             Memory::Heap(bytes) => bytes,
         };
@@ -212,7 +220,7 @@ impl Fetcher {
         let mut ours = Vec::with_capacity(wants.len());
         for want in wants {
             match desk.look(&job, &want) {
-                Look::Here(page) => pages.push((want.at, Some(page))),
+                Look::Here(page) => pages.push((want.at, Held::Cached(page))),
                 Look::Ours => ours.push(want),
                 Look::Theirs => {}
             }
@@ -288,7 +296,7 @@ impl Desk {
     fn assemble(
         &self,
         range: &Range<u64>,
-        mut pages: Vec<(u64, Option<Arc<Page>>)>,
+        mut pages: Vec<(u64, Held)>,
         mut parts: Vec<(Piece, Bounce)>,
     ) -> ReadBytes {
         let first = range.start / B;
@@ -309,13 +317,10 @@ impl Desk {
         }
         if blocks == 1
             && parts.is_empty()
-            && matches!(&pages[..], [(_, Some(_))])
-            && let Some((_, Some(page))) = pages.pop()
+            && pages.len() == 1
+            && let Some((_, block)) = pages.pop()
         {
-            return ReadBytes {
-                memory: Memory::Page(page),
-                range: skew..skew + len,
-            };
+            return ReadBytes::of_block(block, skew..skew + len);
         }
         let mut memory = if len <= self.buffers.chunk_max() {
             Memory::Bounce(self.buffers.take(len))
@@ -325,7 +330,7 @@ impl Desk {
         let target = match &mut memory {
             Memory::Bounce(bounce) => &mut bounce[..],
             Memory::Heap(bytes) => bytes,
-            Memory::None | Memory::Page(_) => &mut [],
+            Memory::None | Memory::Block(_) => &mut [],
         };
         // I6: counting would not do, as a damaged map may name a block twice.
         let mut known = vec![false; blocks as usize];
@@ -340,21 +345,11 @@ impl Desk {
             target.fill(0); // there are holes
         }
         for (at, page) in &pages {
-            overlay(
-                target,
-                range.start,
-                *at,
-                page.as_deref().map(|page| &page[..]),
-            );
+            overlay(target, range.start, *at, page.bytes());
         }
         for (piece, bounce) in &parts {
             for want in &piece.wants {
-                overlay(
-                    target,
-                    range.start,
-                    want.at,
-                    Some(piece.bytes(bounce, want)),
-                );
+                overlay(target, range.start, want.at, piece.bytes(bounce, want));
             }
         }
         ReadBytes {
@@ -365,17 +360,14 @@ impl Desk {
 }
 
 /// Copies the overlap of a block at block `at` of the file into `out`, which begins at byte `start`.
-fn overlay(out: &mut [u8], start: u64, at: u64, bytes: Option<&[u8]>) {
+fn overlay(out: &mut [u8], start: u64, at: u64, bytes: &[u8]) {
     let at = at * B;
     let (from, to) = (at.max(start), (at + B).min(start + out.len() as u64));
     if from >= to {
         return;
     }
     let target = &mut out[(from - start) as usize..(to - start) as usize];
-    match bytes {
-        Some(bytes) => target.copy_from_slice(&bytes[(from - at) as usize..(to - at) as usize]),
-        None => target.fill(0),
-    }
+    target.copy_from_slice(&bytes[(from - at) as usize..(to - at) as usize]);
 }
 
 /// A request under way.
@@ -392,7 +384,7 @@ struct Job {
 }
 
 struct State {
-    pages: Vec<(u64, Option<Arc<Page>>)>,
+    pages: Vec<(u64, Held)>,
     parts: Vec<(Piece, Bounce)>,
     /// The first thing that went wrong.
     error: Option<Error>,
@@ -413,7 +405,7 @@ impl Job {
         let job = Arc::clone(self);
         Box::new(move |outcome| {
             match outcome {
-                Ok(page) => job.state.lock().pages.push((at, Some(page))),
+                Ok(page) => job.state.lock().pages.push((at, Held::Cached(page))),
                 Err(error) => job.failed(error),
             }
             job.step();
@@ -555,7 +547,10 @@ mod tests {
         };
         desk.buffers.take(2 * BLOCK_SIZE).fill(0xaa);
         let page = Arc::new([1; BLOCK_SIZE]);
-        let pages = vec![(5, Some(Arc::clone(&page))), (5, Some(page))];
+        let pages = vec![
+            (5, Held::Staged(Arc::clone(&page))),
+            (5, Held::Staged(page)),
+        ];
         let read = desk.assemble(&(5 * B..7 * B), pages, Vec::new());
         assert!(read[..BLOCK_SIZE] == [1; BLOCK_SIZE]);
         assert!(read[BLOCK_SIZE..] == [0; BLOCK_SIZE]);

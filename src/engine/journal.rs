@@ -9,6 +9,8 @@
 //!    a reader that finds nothing at its position looks there for the same sequence number.
 //! 3. A batch never overwrites one that a checkpoint has not made obsolete.
 //! 4. A part of the ring is kept for the batch that a checkpoint itself writes.
+//! 5. No batch is written behind a superblock that says that the pool was closed cleanly
+//!    (`commit.rs`). So if none follows a clean one, none was lost, and nobody needs to search.
 
 use std::collections::VecDeque;
 use std::sync::Arc;
@@ -23,6 +25,7 @@ use crate::units::BLOCK_SIZE;
 
 use super::stage::{Batch, Pending};
 use super::syncs::Syncs;
+use super::work;
 
 const BLOCK: u64 = BLOCK_SIZE as u64;
 /// Blocks of the largest batch that is believed: 256 MiB, eight times what may wait for one
@@ -31,13 +34,15 @@ const BATCH_BLOCKS_MAX: u64 = 256 * 1024 * 1024 / BLOCK;
 
 /// Bytes of the ring read at once: large enough for a disk to be at its full speed.
 const AHEAD_BLOCKS: u64 = 8 * 1024 * 1024 / BLOCK;
+/// Bytes of the ring read first: 128 KiB.
+const AHEAD_BLOCKS_MIN: u64 = 128 * 1024 / BLOCK;
 /// A batch has less than this share of the ring: an eighth may wait for it, and the operation that
 /// came last may have added a sixteenth (`Limits::pending_bytes`).
 const BATCH_SHARE: u64 = 4;
 /// Blocks that a batch reaches at most: twice the 32 MiB that may wait for it.
 const REACH_BLOCKS_MAX: u64 = 64 * 1024 * 1024 / BLOCK;
-/// Blocks read at once in search of a later batch: 64 KiB.
-const SCAN_BLOCKS: u64 = 16;
+/// Blocks read at once in search of a later batch: 1 MiB.
+const SCAN_BLOCKS: u64 = 256;
 
 /// The proof that the journal lost a batch that was durable.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -66,15 +71,26 @@ pub(crate) struct Journal {
     seq: u64,
     /// Block of the ring where it goes.
     head: u64,
-    /// Batches that a checkpoint has not made obsolete: sequence number and blocks, with those
-    /// skipped before it.
-    live: VecDeque<(u64, u64)>,
+    /// Batches that a checkpoint has not made obsolete.
+    live: VecDeque<Live>,
+    /// Their blocks.
     used: u64,
+    /// The work of replaying them (`work.rs`).
+    work: u64,
     /// The last batch was written, and is not durable yet.
     unsynced: bool,
     /// For what is written: a part of a batch at a time.
     buffers: BouncePool,
     ahead: Ahead,
+}
+
+/// A batch that a checkpoint has not made obsolete.
+#[derive(Debug)]
+struct Live {
+    seq: u64,
+    /// With those skipped before it.
+    blocks: u64,
+    work: u64,
 }
 
 /// The cut of a checkpoint.
@@ -139,6 +155,7 @@ impl Journal {
             head: superblock.journal_pos,
             live: VecDeque::new(),
             used: 0,
+            work: 0,
             unsynced: false,
             buffers: BouncePool::default(),
             ahead: Ahead::default(),
@@ -181,6 +198,17 @@ impl Journal {
         self.used + skipped + blocks + kept < self.blocks
     }
 
+    /// True if more than so many quarters are in use: of the ring, or of the work that it may
+    /// hold.
+    pub(crate) fn is_over(&self, quarters: u64) -> bool {
+        self.used * 4 > self.blocks * quarters || self.work * 4 > work::WORK_MAX * quarters
+    }
+
+    /// True if the ring may hold so much more work. One that holds none takes anything.
+    pub(crate) fn has_time(&self, work: u64) -> bool {
+        self.live.is_empty() || (self.work + work) * 4 <= work::WORK_MAX * 3
+    }
+
     /// Asks the host to keep space for the ring.
     pub(crate) fn preallocate(&self) -> std::io::Result<()> {
         self.device
@@ -213,8 +241,7 @@ impl Journal {
         self.write(at, &head, &pages)
             .map_err(|source| Error::io("cannot write the journal", source))?;
         self.unsynced = true;
-        self.live.push_back((self.seq, blocks + skipped));
-        self.used += blocks + skipped;
+        self.take(blocks + skipped, batch.work + work::BATCH);
         self.head = (at + blocks) % self.blocks;
         self.seq += 1;
         Ok(())
@@ -263,11 +290,9 @@ impl Journal {
 
     /// Forgets the batches before sequence number `seq`: a checkpoint holds what they say.
     pub(crate) fn trim(&mut self, seq: u64) {
-        while let Some(&(first, blocks)) = self.live.front()
-            && first < seq
-        {
-            self.used -= blocks;
-            self.live.pop_front();
+        while let Some(batch) = self.live.pop_front_if(|batch| batch.seq < seq) {
+            self.used -= batch.blocks;
+            self.work -= batch.work;
         }
     }
 
@@ -297,10 +322,26 @@ impl Journal {
 
     /// Moves behind the next batch, which another reader of the same ring has read.
     pub(crate) fn move_behind(&mut self, batch: &ReadBatch) {
-        self.live.push_back((self.seq, batch.taken));
-        self.used += batch.taken;
+        let work: u64 = batch.records.iter().map(work::of).sum();
+        self.take(batch.taken, work + work::BATCH);
         self.head = batch.next;
         self.seq += 1;
+    }
+
+    /// The batch that comes next is in the ring.
+    fn take(&mut self, blocks: u64, work: u64) {
+        let seq = self.seq;
+        self.live.push_back(Live { seq, blocks, work });
+        self.used += blocks;
+        self.work += work;
+    }
+
+    /// Replaying the batch before this position is `work` more than its records tell.
+    pub(crate) fn add_work(&mut self, work: u64) {
+        if let Some(last) = self.live.back_mut() {
+            last.work += work;
+            self.work += work;
+        }
     }
 
     /// To be asked at the end of the journal. A batch that was written after the missing one had
@@ -416,8 +457,12 @@ impl Journal {
     fn look(&mut self, at: u64, count: u64) -> Result<&[u8]> {
         let ahead = &mut self.ahead;
         if at < ahead.at || at + count > ahead.at + ahead.count {
+            // Little at first, and more as long as batches follow: an empty journal costs nothing.
+            let follows = ahead.count > 0 && (ahead.at..=ahead.at + ahead.count).contains(&at);
+            let more = if follows { 4 * ahead.count } else { 0 };
+            let more = more.clamp(AHEAD_BLOCKS_MIN, AHEAD_BLOCKS);
             // A damaged block behind the end of the journal is nobody's concern.
-            let many = count.max(AHEAD_BLOCKS).min(self.blocks - at);
+            let many = count.max(more).min(self.blocks - at);
             if ahead.fill(&*self.device, self.start, at, many).is_err() {
                 ahead
                     .fill(&*self.device, self.start, at, count)

@@ -9,7 +9,7 @@
 //! 3. References to dirty nodes carry no valid checksum before the checkpoint seals them.
 //! 4. An inode whose extent map has a dirty root is in `changed_files`.
 
-use std::collections::{BTreeSet, HashMap};
+use std::collections::BTreeSet;
 use std::sync::Arc;
 
 use crate::error::{Error, Result};
@@ -19,7 +19,7 @@ use crate::ondisk::extent::{
 use crate::ondisk::node::{Node, TreeKind};
 use crate::ondisk::superblock::Superblock;
 
-use super::nodes::NodeCache;
+use super::nodes::{BlockMap, NodeCache};
 use super::space::{Class, Found, Space};
 
 /// Free blocks of loaded groups before a merge: for each of its runs a path of the refcount tree.
@@ -39,6 +39,37 @@ fn find_run(runs: &[Run], at: u64) -> Option<Run> {
     Some(runs[i])
 }
 
+/// Fails if a node that a tree refers to is not of that tree.
+fn belongs(node: &Node, kind: TreeKind, level: u8) -> Result<()> {
+    if node.kind() == kind && node.level() == level {
+        return Ok(());
+    }
+    Err(Error::corrupt(format!(
+        "tree refers to a node of another tree: block={}",
+        node.addr()
+    )))
+}
+
+/// A node that is looked at.
+#[derive(Debug)]
+pub(crate) enum Look<'a> {
+    /// Of this generation, or of the one that a checkpoint is writing.
+    Unwritten(&'a Node),
+    /// From the cache.
+    Clean(Arc<Node>),
+}
+
+impl std::ops::Deref for Look<'_> {
+    type Target = Node;
+
+    fn deref(&self) -> &Node {
+        match self {
+            Self::Unwritten(node) => node,
+            Self::Clean(node) => node,
+        }
+    }
+}
+
 /// The trees of a pool. See the module for what it keeps true.
 #[derive(Debug)]
 pub(crate) struct Meta {
@@ -46,9 +77,9 @@ pub(crate) struct Meta {
     /// The generation being built: one more than that of the newest checkpoint.
     pub(crate) generation: u64,
     /// Nodes of this generation.
-    dirty: HashMap<u64, Arc<Node>>,
+    dirty: BlockMap<Arc<Node>>,
     /// Nodes of the generation that a checkpoint is writing.
-    writing: Arc<HashMap<u64, Arc<Node>>>,
+    writing: Arc<BlockMap<Arc<Node>>>,
     pub(crate) space: Space,
     pub(crate) namespace: Root,
     pub(crate) refs: Root,
@@ -77,8 +108,8 @@ impl Meta {
         let mut meta = Self {
             nodes,
             generation: sb.generation + 1,
-            dirty: HashMap::new(),
-            writing: Arc::new(HashMap::new()),
+            dirty: BlockMap::default(),
+            writing: Arc::default(),
             space: Space::new(first, end, floor_blocks(end - first)),
             namespace: sb.namespace,
             refs: sb.refs,
@@ -123,20 +154,18 @@ impl Meta {
 
     /// The node that `at` refers to.
     pub(crate) fn node(&self, kind: TreeKind, level: u8, at: NodeRef) -> Result<Arc<Node>> {
-        let found = self
-            .dirty
-            .get(&at.block)
-            .or_else(|| self.writing.get(&at.block));
-        if let Some(node) = found {
-            if node.kind() != kind || node.level() != level {
-                return Err(Error::corrupt(format!(
-                    "tree refers to a node of another tree: block={}",
-                    at.block
-                )));
-            }
-            return Ok(node.clone());
+        match self.unwritten(at.block) {
+            Some(node) => belongs(node, kind, level).map(|()| node.clone()),
+            None => self.nodes.get(kind, level, at),
         }
-        self.nodes.get(kind, level, at)
+    }
+
+    /// As [`node`](Self::node), for a short look: a node of this generation is borrowed.
+    pub(crate) fn look(&self, kind: TreeKind, level: u8, at: NodeRef) -> Result<Look<'_>> {
+        match self.unwritten(at.block) {
+            Some(node) => belongs(node, kind, level).map(|()| Look::Unwritten(node)),
+            None => self.nodes.get(kind, level, at).map(Look::Clean),
+        }
     }
 
     /// A dirty node, to change it.
@@ -167,12 +196,12 @@ impl Meta {
     /// Makes the node that `at` refers to private to this generation and returns its block:
     /// the same one, or that of a copy.
     pub(crate) fn shadow(&mut self, kind: TreeKind, level: u8, at: NodeRef) -> Result<u64> {
-        let node = self.node(kind, level, at)?;
         let shared = kind == TreeKind::Extents && self.refcount(at.block)? > 1;
         // I1: a private node of this generation changes in place.
-        if self.is_dirty(at.block) && !shared {
-            return Ok(at.block);
+        if !shared && let Some(node) = self.dirty.get(&at.block) {
+            return belongs(node, kind, level).map(|()| at.block);
         }
+        let node = self.node(kind, level, at)?;
         let block = self.alloc(Class::Node, 1)?.block;
         if shared {
             // The copy refers to the same children as the original, which stays.
@@ -482,7 +511,7 @@ impl Meta {
     }
 
     /// The nodes that a checkpoint is writing.
-    pub(crate) fn being_written(&self) -> Arc<HashMap<u64, Arc<Node>>> {
+    pub(crate) fn being_written(&self) -> Arc<BlockMap<Arc<Node>>> {
         Arc::clone(&self.writing)
     }
 
@@ -491,6 +520,6 @@ impl Meta {
         for node in self.writing.values() {
             self.nodes.put(node.clone());
         }
-        self.writing = Arc::new(HashMap::new());
+        self.writing = Arc::default();
     }
 }

@@ -5,7 +5,7 @@
 //!
 //! - structures: `nodes` (clean tree nodes), `delta` (changed reference counts), `counters` (how
 //!   much is free and promised), `slots` (superblocks), `space` (free blocks), `refusals` (of the
-//!   host), `cache` (data blocks), `pieces` (transfers), `fetch` (reads them), `ahead` (streams),
+//!   host), `recent` (what was used last), `cache` (data blocks), `pieces` (transfers), `fetch` (reads them), `ahead` (streams),
 //!   `waiters` (of a
 //!   group commit), `heartbeat` (no second host), `syncs` (of the device), `meta` (the trees and their
 //!   dirty nodes), `tree` (the B+tree);
@@ -13,7 +13,7 @@
 //!   a place), `journal` (the ring), `apply` (what each record does),
 //!   `salvage` (which records still have something to act on);
 //! - procedures: `pool` (locks and limits), `host` (a host without space), `commit` (group commit),
-//!   `file`, `read`, `range`, `share`, `names`, `clone_tree` (what callers ask for), `destage`,
+//!   `file`, `read`, `range`, `share`, `equal`, `names`, `clone_tree` (what callers ask for), `destage`,
 //!   `checkpoint`, `grow`,
 //!   `replay`, `recover`, `worker`, `check`, `scrub`, `repair`.
 
@@ -28,6 +28,7 @@ mod counters;
 mod delta;
 mod destage;
 mod discard;
+mod equal;
 mod extents;
 mod fetch;
 mod file;
@@ -45,6 +46,7 @@ mod pieces;
 mod pool;
 mod range;
 mod read;
+mod recent;
 mod recover;
 mod refusals;
 mod repair;
@@ -59,9 +61,11 @@ mod syncs;
 mod tree;
 mod types;
 mod waiters;
+mod work;
 mod worker;
 
 pub use ahead::Stream;
+pub use equal::{Equal, Place, Places};
 pub use fetch::ReadBytes;
 pub use heartbeat::{BEAT_INTERVAL, Heartbeat, Identity, refuse_active};
 pub use pool::Pool;

@@ -9,6 +9,7 @@
 //!    record; nothing else has.
 //! 3. A detached extent map belongs to no inode and only waits to be freed.
 
+use std::borrow::Cow;
 use std::hash::Hasher;
 
 use siphasher::sip::SipHasher13;
@@ -23,6 +24,7 @@ use crate::ondisk::node::{TreeKind, VALUE_MAX};
 use crate::units::Ino;
 
 use super::meta::Meta;
+use super::tree::Change;
 
 /// Pieces of a long value that one key can count.
 const PIECES: u64 = 1 << 16;
@@ -48,10 +50,35 @@ pub(crate) fn check_name(name: &[u8]) -> Result<()> {
     Ok(())
 }
 
+fn no_such(ino: Ino) -> Error {
+    Error::new(Kind::NotFound, format!("no such inode: ino={ino}"))
+}
+
+fn check_number(ino: Ino) -> Result<()> {
+    if ino.0 == 0 || ino.0 > REST_MAX {
+        return Err(no_such(ino));
+    }
+    Ok(())
+}
+
+fn check_directory(ino: Ino, inode: &Inode) -> Result<()> {
+    if inode.kind != InodeKind::Directory {
+        return Err(Error::new(
+            Kind::NotDirectory,
+            format!("is not a directory: ino={ino}"),
+        ));
+    }
+    Ok(())
+}
+
 impl Meta {
     fn put(&mut self, key: u128, value: &[u8]) -> Result<()> {
+        self.change(key, &mut |_| Ok(Cow::Borrowed(value)))
+    }
+
+    fn change<'v>(&mut self, key: u128, change: &mut Change<'_, 'v>) -> Result<()> {
         let mut root = self.namespace;
-        let done = self.insert(&mut root, TreeKind::Namespace, key, value);
+        let done = self.update(&mut root, TreeKind::Namespace, key, change);
         self.namespace = root;
         done
     }
@@ -69,18 +96,11 @@ impl Meta {
 
     /// The record of an inode.
     pub(crate) fn inode(&self, ino: Ino) -> Result<Inode> {
-        if ino.0 == 0 || ino.0 > REST_MAX {
-            return Err(Error::new(
-                Kind::NotFound,
-                format!("no such inode: ino={ino}"),
-            ));
-        }
-        match self.fetch(key(ino.0, KeyType::Inode, 0))? {
-            Some(value) => Inode::decode(&value),
-            None => Err(Error::new(
-                Kind::NotFound,
-                format!("no such inode: ino={ino}"),
-            )),
+        check_number(ino)?;
+        let at = key(ino.0, KeyType::Inode, 0);
+        match self.with(self.namespace, TreeKind::Namespace, at, Inode::decode)? {
+            Some(inode) => inode,
+            None => Err(no_such(ino)),
         }
     }
 
@@ -134,33 +154,44 @@ impl Meta {
     /// The record of a directory.
     pub(crate) fn directory(&self, ino: Ino) -> Result<Inode> {
         let inode = self.inode(ino)?;
-        if inode.kind != InodeKind::Directory {
-            return Err(Error::new(
-                Kind::NotDirectory,
-                format!("is not a directory: ino={ino}"),
-            ));
-        }
+        check_directory(ino, &inode)?;
         Ok(inode)
     }
 
     /// Stores the record of an inode.
     pub(crate) fn put_inode(&mut self, ino: Ino, inode: &Inode) -> Result<()> {
-        let at = key(ino.0, KeyType::Inode, 0);
-        match self.fetch(at)? {
-            Some(old) => {
-                let old = Inode::decode(&old)?;
-                self.logical = self.logical.wrapping_sub(old.size).wrapping_add(inode.size);
-            }
-            None => {
-                self.inodes += 1;
-                self.logical = self.logical.wrapping_add(inode.size);
-            }
+        let value = inode.encode();
+        let mut old = None;
+        self.change(key(ino.0, KeyType::Inode, 0), &mut |before| {
+            old = before.map(Inode::decode).transpose()?;
+            Ok(Cow::Borrowed(&value))
+        })?;
+        match old {
+            Some(old) => self.logical = self.logical.wrapping_sub(old.size),
+            None => self.inodes += 1,
         }
+        self.logical = self.logical.wrapping_add(inode.size);
         if !inode.root.is_empty() && self.is_dirty(inode.root.node.block) {
             self.changed_files.insert(ino.0); // I4 of `Meta`
         }
         self.publish();
-        self.put(at, &inode.encode())
+        Ok(())
+    }
+
+    /// Changes the record of a directory, but for its size.
+    pub(crate) fn change_directory(
+        &mut self,
+        dir: Ino,
+        change: &mut dyn FnMut(&mut Inode),
+    ) -> Result<()> {
+        check_number(dir)?;
+        self.change(key(dir.0, KeyType::Inode, 0), &mut |before| {
+            let before = before.ok_or_else(|| no_such(dir))?;
+            let mut inode = Inode::decode(before)?;
+            check_directory(dir, &inode)?;
+            change(&mut inode);
+            Ok(Cow::Owned(inode.encode().to_vec()))
+        })
     }
 
     /// Removes an inode with all that belongs to it; its extent map is detached.
@@ -305,15 +336,15 @@ impl Meta {
     /// Adds an entry, or points an existing one elsewhere.
     pub(crate) fn put_entry(&mut self, dir: Ino, entry: Entry) -> Result<()> {
         let at = self.entries_key(dir, &entry.name);
-        let mut bucket = match self.fetch(at)? {
-            Some(bucket) => decode_entries(&bucket)?,
-            None => Vec::new(),
-        };
-        match bucket.iter_mut().find(|old| old.name == entry.name) {
-            Some(old) => *old = entry,
-            None => bucket.push(entry),
-        }
-        self.put(at, &encode_entries(&bucket)?)
+        self.change(at, &mut |bucket| {
+            let bucket = bucket.map(decode_entries).transpose()?;
+            let mut bucket = bucket.unwrap_or_default();
+            match bucket.iter_mut().find(|old| old.name == entry.name) {
+                Some(old) => old.clone_from(&entry),
+                None => bucket.push(entry.clone()),
+            }
+            Ok(Cow::Owned(encode_entries(&bucket)?))
+        })
     }
 
     /// Removes an entry, which exists.
@@ -325,8 +356,10 @@ impl Meta {
         };
         bucket.retain(|entry| entry.name != name);
         if bucket.is_empty() {
-            self.delete(at)?;
-            return Ok(());
+            let mut root = self.namespace;
+            let done = self.remove_known(&mut root, TreeKind::Namespace, at);
+            self.namespace = root;
+            return done;
         }
         self.put(at, &encode_entries(&bucket)?)
     }

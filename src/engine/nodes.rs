@@ -1,4 +1,4 @@
-//! Clean tree nodes: read from the device, checked, and kept in a bounded LRU cache.
+//! Clean tree nodes: read from the device, checked, and kept in a bounded cache.
 //!
 //! Invariants:
 //!
@@ -11,10 +11,10 @@
 //! [`get`]: NodeCache::get
 
 use std::cell::Cell;
+use std::collections::HashMap;
+use std::hash::{BuildHasherDefault, Hasher};
 use std::num::NonZeroUsize;
 use std::sync::Arc;
-
-use lru::LruCache;
 
 use crate::device::BlockDevice;
 use crate::error::{Error, Kind, Result};
@@ -23,6 +23,8 @@ use crate::ondisk::node::{Node, TreeKind};
 use crate::sync::atomic::{AtomicU64, Ordering};
 use crate::sync::{Mutex, local};
 use crate::units::BLOCK_SIZE;
+
+use super::recent::Recent;
 
 /// How often a node is read before it counts as damaged. What fails once only must not end a
 /// checkpoint, which cannot go on without the node and would poison the pool.
@@ -89,6 +91,33 @@ impl Drop for Quiet {
     }
 }
 
+/// Hashes block numbers, with one multiplication: they are looked up for every level of every
+/// descent, and the allocator chooses them, not a guest.
+#[derive(Clone, Copy, Debug, Default)]
+pub(crate) struct BlockHasher(u64);
+
+impl Hasher for BlockHasher {
+    fn finish(&self) -> u64 {
+        self.0
+    }
+
+    fn write(&mut self, bytes: &[u8]) {
+        bytes
+            .iter()
+            .for_each(|byte| self.write_u64(u64::from(*byte)));
+    }
+
+    fn write_u64(&mut self, value: u64) {
+        /// 2^64 divided by the golden ratio: its bits are well mixed.
+        const FACTOR: u128 = 0x9e37_79b9_7f4a_7c15;
+        let wide = u128::from(self.0 ^ value) * FACTOR;
+        self.0 = (wide >> 64) as u64 ^ wide as u64;
+    }
+}
+
+/// Something for each of some blocks.
+pub(crate) type BlockMap<T> = HashMap<u64, T, BuildHasherDefault<BlockHasher>>;
+
 /// The cache of clean nodes, and the way to the device behind it.
 #[derive(Debug)]
 pub(crate) struct NodeCache {
@@ -98,16 +127,14 @@ pub(crate) struct NodeCache {
     /// Reads of nodes that were not what had been written.
     pub(crate) damaged: AtomicU64,
     /// Nodes by block. Rank 7 in the lock order: nothing is locked while one is held.
-    shards: Vec<Mutex<LruCache<u64, Arc<Node>>>>,
+    shards: Vec<Mutex<Recent<Arc<Node>>>>,
 }
 
 impl NodeCache {
     /// A cache of at most `nodes_max` nodes of the pool `pool` on `device`.
     pub(crate) fn new(device: Arc<dyn BlockDevice>, pool: u64, nodes_max: usize) -> Self {
         let each = NonZeroUsize::new(nodes_max / SHARDS).unwrap_or(NonZeroUsize::MIN);
-        let shards = (0..SHARDS)
-            .map(|_| Mutex::new(LruCache::new(each)))
-            .collect();
+        let shards = (0..SHARDS).map(|_| Mutex::new(Recent::new(each))).collect();
         Self {
             device,
             pool,
@@ -116,13 +143,13 @@ impl NodeCache {
         }
     }
 
-    fn shard(&self, block: u64) -> &Mutex<LruCache<u64, Arc<Node>>> {
+    fn shard(&self, block: u64) -> &Mutex<Recent<Arc<Node>>> {
         &self.shards[(block as usize) % SHARDS]
     }
 
     /// The node at `at`, from the cache or the device.
     pub(crate) fn get(&self, kind: TreeKind, level: u8, at: NodeRef) -> Result<Arc<Node>> {
-        if let Some(node) = self.shard(at.block).lock().get(&at.block)
+        if let Some(node) = self.shard(at.block).lock().get(at.block)
             && node.crc() == at.crc
             && node.kind() == kind
             && node.level() == level
@@ -179,6 +206,7 @@ impl NodeCache {
 
     /// Keeps a node that was just read or written.
     pub(crate) fn put(&self, node: Arc<Node>) {
-        self.shard(node.addr()).lock().put(node.addr(), node);
+        let old = self.shard(node.addr()).lock().put(node.addr(), node);
+        drop(old); // its memory is given back without the lock
     }
 }

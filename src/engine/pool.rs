@@ -95,6 +95,8 @@ pub struct Pool {
     pub(crate) device: Arc<dyn BlockDevice>,
     syncs: Arc<Syncs>,
     pub(crate) read_only: bool,
+    /// It was not closed cleanly before it was opened.
+    pub(crate) was_left_open: bool,
     pub(crate) limits: Limits,
     pub(crate) counters: Arc<Counters>,
     pub(crate) cache: Arc<BlockCache>,
@@ -119,8 +121,9 @@ pub struct Pool {
     /// A checkpoint whose nodes or superblock the host had no space for: the next one finishes it
     /// first. Rank 8; changed only by who holds `checkpointing`.
     pub(crate) unfinished: Mutex<Option<(Superblock, Cut)>>,
-    /// Superblocks in a slot whose copy the host had no space for. The next flip writes the copies
-    /// first, so that none is ever more than one round behind. Rank 8; as `unfinished`.
+    /// Superblocks in a slot whose copy the host had no space for. The next flip tries these copies
+    /// first, so that none is more than one round behind where the host has space. Rank 8; as
+    /// `unfinished`.
     pub(crate) stale_copies: Mutex<Vec<Superblock>>,
     /// The host refused to take what was written.
     pub(crate) host: HostState,
@@ -161,6 +164,7 @@ impl Pool {
         Self {
             syncs,
             read_only: options.read_only,
+            was_left_open: superblock.flags & FLAG_CLEAN == 0,
             limits,
             cache,
             buffers,
@@ -275,10 +279,12 @@ impl Pool {
         let replayed = *self.replayed.lock();
         let unsynced_ms = self.unsynced_ms();
         let nodes = self.meta.read().damaged_nodes();
+        let stale_copies = self.stale_copies.lock().len() as u64;
         Health {
             replayed,
             unsynced_ms,
             damaged_reads: self.counters.damaged.load(Ordering::Relaxed) + nodes,
+            stale_copies,
             beats,
             beat_age_ms,
         }

@@ -3,12 +3,13 @@
 use std::ops::ControlFlow;
 
 use crate::error::{Error, Kind, Result};
-use crate::ondisk::inode::{FILE_SIZE_MAX, FLAG_PINNED};
+use crate::ondisk::inode::{FILE_SIZE_MAX, FLAG_PINNED, Inode};
 use crate::ondisk::record::Record;
 use crate::units::{BLOCK_SIZE, Ino, Time};
 
 use super::apply::{attr_of, blocks_of, load};
 use super::file::{Attempt, staged};
+use super::meta::Meta;
 use super::pool::Pool;
 use super::share::{STEP_EXTENTS, Share};
 use super::stage::{BLOCK_COST, Stage, StageFile, Staged, record_cost};
@@ -352,20 +353,10 @@ impl Pool {
         len: u64,
         now: Time,
     ) -> Result<u64> {
-        self.with_space(|| {
-            let _gate = self.gate.read();
-            let _owned = self.own_files(src, dst);
-            self.destage_file(src)?;
-            self.check_room()?;
-            let mut meta = self.meta.write();
-            let inode = meta.file(dst)?;
-            if inode.flags & FLAG_PINNED != 0 {
-                return Ok(Attempt::Pinned(dst));
-            }
-            let mut stage = self.stage.lock();
-            let size = load(&meta, &stage, src)?.size;
+        let share = |meta: &mut Meta, stage: &mut Stage, inode: &Inode| {
+            let size = load(meta, stage, src)?.size;
             // Both sizes as of now: nobody writes to either file.
-            let ends = src_at + len == size && dst_at + len >= load(&meta, &stage, dst)?.size;
+            let ends = src_at + len == size && dst_at + len >= load(meta, stage, dst)?.size;
             let len = len.min(size.saturating_sub(src_at));
             let count = if ends { len.div_ceil(B) } else { len / B };
             if count == 0 {
@@ -377,16 +368,16 @@ impl Pool {
                 dst_block,
                 count,
             };
-            let files = (src, dst);
-            let shared = self.share_some(&mut meta, &mut stage, files, &range, STEP_EXTENTS)?;
+            let shared = self.share_some(meta, stage, (src, dst), &range, STEP_EXTENTS)?;
             let Some((count, _)) = shared else {
                 return Ok(Attempt::QueueFull);
             };
-            stage.open(dst, attr_of(&inode));
+            stage.open(dst, attr_of(inode));
             let done = len.min(count * B);
-            super::file::grow_and_touch(&mut stage, dst, dst_at + done, now);
+            super::file::grow_and_touch(stage, dst, dst_at + done, now);
             Ok(Attempt::Done(done))
-        })
+        };
+        self.with_space(|| self.with_files(src, dst, share))
     }
 
     /// Copies bytes where blocks cannot be shared.

@@ -14,8 +14,8 @@ use crate::ondisk::extent::Root;
 use crate::ondisk::heartbeat::HB_BLOCK;
 use crate::ondisk::inode::{FLAG_PINNED, Inode, InodeKind};
 use crate::ondisk::superblock::{
-    FLAG_EXTERNAL_JOURNAL, FLAG_PREALLOCATED, HEAD_BLOCKS, JOURNAL_BLOCKS_MIN, POOL_BLOCKS_MAX,
-    POOL_BLOCKS_MIN, SB_MAGIC, Superblock,
+    FLAG_CLEAN, FLAG_EXTERNAL_JOURNAL, FLAG_PREALLOCATED, HEAD_BLOCKS, JOURNAL_BLOCKS_MIN,
+    POOL_BLOCKS_MAX, POOL_BLOCKS_MIN, SB_MAGIC, Superblock,
 };
 use crate::sync::Instant;
 use crate::units::{BLOCK_SIZE, Ino, Time};
@@ -153,12 +153,14 @@ impl Pool {
         let replayed = pool.replay(scout).map_err(contradiction)?;
         if !options.read_only {
             pool.keep_home_or_warn();
+            if pool.is_clean() {
+                // Before anything changes, so that it needs no space: until the pool does not say
+                // any more that it is clean, nothing can be committed.
+                tolerate_full_host(pool.checkpoint_as(false))?;
+            }
             let finished = pool.finish_interrupted().map_err(contradiction);
             tolerate_full_host(finished)?;
-            let journal_full = {
-                let journal = pool.journal.lock();
-                journal.used() > journal.size() / 4 * 3
-            };
+            let journal_full = pool.journal.lock().is_over(3);
             if !replayed || journal_full {
                 tolerate_full_host(pool.checkpoint_as(false))?;
             }
@@ -166,11 +168,17 @@ impl Pool {
         Ok(Arc::new(pool))
     }
 
+    /// True if the newest superblock says that the pool was closed cleanly.
+    pub(crate) fn is_clean(&self) -> bool {
+        self.superblock.lock().flags & FLAG_CLEAN != 0
+    }
+
     /// Fails if the journal lost what was acknowledged. A read-only pool says so and shows the
     /// state before that, so that files can be rescued.
     pub(crate) fn refuse_loss(&self, scout: &Journal) -> Result<()> {
-        // Also of a pool that was closed cleanly: on a full host it may have gone on without a
-        // checkpoint since.
+        if self.is_clean() && scout.used() == 0 {
+            return Ok(()); // I5 of the journal: there never was a batch behind that superblock
+        }
         let Some(lost) = scout.lost()? else {
             return Ok(());
         };

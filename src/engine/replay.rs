@@ -238,6 +238,8 @@ impl Pool {
                 }
             }
         }
+        let work = std::mem::take(&mut self.stage.lock().work);
+        self.journal.lock().add_work(work);
         Ok(left_out)
     }
 

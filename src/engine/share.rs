@@ -13,7 +13,7 @@ use std::ops::ControlFlow;
 
 use crate::error::{Error, Kind, Result};
 use crate::ondisk::extent::Extent;
-use crate::ondisk::inode::FLAG_PINNED;
+use crate::ondisk::inode::{FLAG_PINNED, Inode};
 use crate::ondisk::record::Record;
 use crate::units::{BLOCK_SIZE, Ino, Time};
 
@@ -85,6 +85,57 @@ impl Pool {
         left: &mut Vec<Share>,
         now: Time,
     ) -> Result<Attempt<()>> {
+        self.with_files(src, dst, |meta, stage, inode| {
+            let (from, to) = (load(meta, stage, src)?.size, load(meta, stage, dst)?.size);
+            let mut budget = STEP_EXTENTS;
+            let mut outcome = Ok(Attempt::Done(()));
+            let mut any = false;
+            for _ in 0..STEP_RANGES {
+                let Some(range) = left.last_mut() else { break };
+                if budget == 0 {
+                    break;
+                }
+                let shared = check(src == dst, range, from, to)
+                    .and_then(|()| self.share_some(meta, stage, (src, dst), range, budget));
+                let (count, extents) = match shared {
+                    Ok(Some(shared)) => shared,
+                    Ok(None) => {
+                        outcome = Ok(Attempt::QueueFull);
+                        break;
+                    }
+                    Err(error) => {
+                        outcome = Err(error);
+                        break;
+                    }
+                };
+                any = true;
+                budget -= extents;
+                if count == range.count {
+                    left.pop();
+                } else {
+                    range.block += count;
+                    range.dst_block += count;
+                    range.count -= count;
+                }
+            }
+            if any {
+                stage.open(dst, attr_of(inode));
+                grow_and_touch(stage, dst, 0, now);
+                // What stopped it stops the next step as well, and that one has done nothing yet.
+                return Ok(Attempt::Done(()));
+            }
+            outcome
+        })
+    }
+
+    /// Does `change`, by which `dst` gets blocks of `src`: both are owned, the blocks of `src` have
+    /// their places, and `dst`, whose inode is given, is no clone in pieces.
+    pub(crate) fn with_files<T>(
+        &self,
+        src: Ino,
+        dst: Ino,
+        change: impl FnOnce(&mut Meta, &mut Stage, &Inode) -> Result<Attempt<T>>,
+    ) -> Result<Attempt<T>> {
         let _gate = self.gate.read();
         let _owned = self.own_files(src, dst);
         self.destage_file(src)?;
@@ -95,48 +146,7 @@ impl Pool {
             return Ok(Attempt::Pinned(dst));
         }
         let mut stage = self.stage.lock();
-        let (from, to) = (
-            load(&meta, &stage, src)?.size,
-            load(&meta, &stage, dst)?.size,
-        );
-        let mut budget = STEP_EXTENTS;
-        let mut outcome = Ok(Attempt::Done(()));
-        let mut any = false;
-        for _ in 0..STEP_RANGES {
-            let Some(range) = left.last_mut() else { break };
-            if budget == 0 {
-                break;
-            }
-            let shared = check(src == dst, range, from, to)
-                .and_then(|()| self.share_some(&mut meta, &mut stage, (src, dst), range, budget));
-            let (count, extents) = match shared {
-                Ok(Some(shared)) => shared,
-                Ok(None) => {
-                    outcome = Ok(Attempt::QueueFull);
-                    break;
-                }
-                Err(error) => {
-                    outcome = Err(error);
-                    break;
-                }
-            };
-            any = true;
-            budget -= extents;
-            if count == range.count {
-                left.pop();
-            } else {
-                range.block += count;
-                range.dst_block += count;
-                range.count -= count;
-            }
-        }
-        if any {
-            stage.open(dst, attr_of(&inode));
-            grow_and_touch(&mut stage, dst, 0, now);
-            // What stopped it stops the next step as well, and that one has done nothing yet.
-            return Ok(Attempt::Done(()));
-        }
-        outcome
+        change(&mut meta, &mut stage, &inode)
     }
 
     /// Shares the beginning of `range`, at most `most` extents of it, by one record. Returns how

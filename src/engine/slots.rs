@@ -236,7 +236,7 @@ pub(crate) fn superblock_places(blocks: u64) -> Vec<u64> {
 
 /// Puts right what a crash or damage left of the superblocks: `newest` gets its slot, if it was
 /// found as a copy only, so that the pool does not live on one block while it changes; and each
-/// slot gets its copy, so that no copy is ever more than one round behind. Copies are made durable
+/// slot gets its copy, so that no copy is more than one round behind. Copies are made durable
 /// by the next checkpoint. Returns the superblocks in slots whose copy the host had no space for.
 ///
 /// # Errors

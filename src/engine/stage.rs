@@ -22,6 +22,7 @@ use crate::sync::Instant;
 use crate::units::{BLOCK_SIZE, Ino, Time};
 
 use super::counters::Counters;
+use super::work;
 
 /// Contents of one block on their way to the pool.
 #[derive(Clone, Debug)]
@@ -104,6 +105,12 @@ impl StageFile {
         all
     }
 
+    /// The newest staged contents of a block.
+    pub(crate) fn newest(&self, block: u64) -> Option<&Staged> {
+        let held = self.active.get(&block).or_else(|| self.frozen.get(&block));
+        held.map(|held| &held.staged)
+    }
+
     /// Staged blocks, those in both halves counted twice.
     pub(crate) fn blocks(&self) -> u64 {
         (self.active.len() + self.frozen.len()) as u64
@@ -132,6 +139,8 @@ pub(crate) struct Batch {
     pub(crate) touches: Vec<Record>,
     /// Upper bound of the bytes that it takes in the journal.
     pub(crate) bytes: usize,
+    /// The work of replaying it (`work.rs`).
+    pub(crate) work: u64,
     /// `Stage::pushed` when it was taken.
     pub(crate) upto: u64,
     /// Data written in place must be durable before the batch.
@@ -161,6 +170,8 @@ pub(crate) struct Stage {
     batch: u64,
     /// Upper bound of the bytes that `pending` takes in the journal.
     pending_bytes: usize,
+    /// The work of replaying it; in replay, what extent maps add to that of the records.
+    pub(crate) work: u64,
     /// Files whose size or times the next batch must hold.
     touched: BTreeSet<u64>,
     needs_flush: bool,
@@ -185,6 +196,7 @@ impl Stage {
             pending: Vec::new(),
             batch: NO_BATCH + 1,
             pending_bytes: 0,
+            work: 0,
             touched: BTreeSet::new(),
             needs_flush: false,
             oldest: None,
@@ -298,6 +310,7 @@ impl Stage {
         }
         self.pending.push(Pending::Block(ino, block, staged));
         self.pending_bytes += BLOCK_COST;
+        self.work += work::BLOCK;
     }
 
     /// Stages a block that a clone shares with its source: nothing is queued, because the record
@@ -326,6 +339,7 @@ impl Stage {
         self.count_push();
         self.batch += 1; // I3
         self.pending_bytes += record_cost(&record);
+        self.work += work::of(&record);
         self.needs_flush |= matches!(record, Record::Map { .. });
         self.pending.push(Pending::Record(record));
     }
@@ -384,6 +398,7 @@ impl Stage {
             touches: touches.collect(),
             items: std::mem::take(&mut self.pending),
             bytes,
+            work: std::mem::take(&mut self.work),
             upto: self.pushed,
             needs_flush: std::mem::take(&mut self.needs_flush),
         }
@@ -404,6 +419,7 @@ impl Stage {
             }
         }
         self.pending_bytes += batch.bytes;
+        self.work += batch.work;
         self.needs_flush |= batch.needs_flush;
     }
 

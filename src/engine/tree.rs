@@ -10,6 +10,7 @@
 //!
 //! Shadowing and cloning follow O. Rodeh, "B-trees, shadowing, and clones" (ACM TOS 3(4), 2008).
 
+use std::borrow::Cow;
 use std::sync::Arc;
 
 use crate::error::{Error, Result};
@@ -17,12 +18,16 @@ use crate::ondisk::extent::{LEVEL_MAX, NodeRef, Root, decode_extent};
 use crate::ondisk::node::{Node, TreeKind};
 
 use super::meta::Meta;
+use super::nodes::BlockMap;
 
 /// A node with less than this share of its bytes in use looks for a neighbour to merge with.
 const MERGE_BELOW: usize = 4032 / 4;
 
 /// Called with each record of a scan: key and value; false ends it.
 pub(crate) type Visit<'a> = dyn FnMut(u128, &[u8]) -> Result<bool> + 'a;
+
+/// Called with the value that a key has, if any; returns the one that it gets.
+pub(crate) type Change<'a, 'v> = dyn FnMut(Option<&[u8]>) -> Result<Cow<'v, [u8]>> + 'a;
 
 /// A tree whose checksums are right and whose structure is not.
 fn contradiction(block: u64) -> Error {
@@ -61,10 +66,25 @@ impl Meta {
 
     /// The value of `key`.
     pub(crate) fn get(&self, root: Root, kind: TreeKind, key: u128) -> Result<Option<Vec<u8>>> {
-        let Some((leaf, _)) = self.leaf(root, kind, key)? else {
+        self.with(root, kind, key, <[u8]>::to_vec)
+    }
+
+    /// What `look` makes of the value of `key`.
+    pub(crate) fn with<T>(
+        &self,
+        root: Root,
+        kind: TreeKind,
+        key: u128,
+        look: impl FnOnce(&[u8]) -> T,
+    ) -> Result<Option<T>> {
+        if root.is_empty() {
             return Ok(None);
-        };
-        Ok(leaf.find(key).ok().map(|i| leaf.value(i).to_vec()))
+        }
+        let mut node = self.look(kind, root.level, root.node)?;
+        for level in (0..root.level).rev() {
+            node = self.look(kind, level, node.child(node.child_index(key)))?;
+        }
+        Ok(node.find(key).ok().map(|i| look(node.value(i))))
     }
 
     /// The record with the largest key at or below `key`.
@@ -74,10 +94,21 @@ impl Meta {
         kind: TreeKind,
         key: u128,
     ) -> Result<Option<(u128, Vec<u8>)>> {
+        self.with_floor(root, kind, key, |key, value| (key, value.to_vec()))
+    }
+
+    /// What `look` makes of the record with the largest key at or below `key`.
+    pub(crate) fn with_floor<T>(
+        &self,
+        root: Root,
+        kind: TreeKind,
+        key: u128,
+        look: impl FnOnce(u128, &[u8]) -> T,
+    ) -> Result<Option<T>> {
         if root.is_empty() {
             return Ok(None);
         }
-        let mut node = self.node(kind, root.level, root.node)?;
+        let mut node = self.look(kind, root.level, root.node)?;
         // The nearest subtree on the left, in case the leaf holds only larger keys.
         let mut left = None;
         for level in (0..root.level).rev() {
@@ -85,24 +116,24 @@ impl Meta {
             if i > 0 {
                 left = Some((node.child(i - 1), level));
             }
-            node = self.node(kind, level, node.child(i))?;
+            node = self.look(kind, level, node.child(i))?;
         }
         let found = match node.find(key) {
             Ok(i) => Some(i),
             Err(i) => i.checked_sub(1),
         };
         if let Some(i) = found {
-            return Ok(Some((node.key(i), node.value(i).to_vec())));
+            return Ok(Some(look(node.key(i), node.value(i))));
         }
         let Some((at, level)) = left else {
             return Ok(None);
         };
-        let mut node = self.node(kind, level, at)?;
+        let mut node = self.look(kind, level, at)?;
         for level in (0..level).rev() {
-            node = self.node(kind, level, node.child(node.count() - 1))?;
+            node = self.look(kind, level, node.child(node.count() - 1))?;
         }
         let last = node.count() - 1;
-        Ok(Some((node.key(last), node.value(last).to_vec())))
+        Ok(Some(look(node.key(last), node.value(last))))
     }
 
     /// Visits the records with keys from `from` up to, not including, `to`.
@@ -141,9 +172,22 @@ impl Meta {
         key: u128,
         value: &[u8],
     ) -> Result<()> {
+        self.update(root, kind, key, &mut |_| Ok(Cow::Borrowed(value)))
+    }
+
+    /// Inserts or replaces a record in one descent: `change` learns the value that the key has and
+    /// tells the one that it gets. If it fails nothing changes but where nodes are.
+    pub(crate) fn update<'v>(
+        &mut self,
+        root: &mut Root,
+        kind: TreeKind,
+        key: u128,
+        change: &mut Change<'_, 'v>,
+    ) -> Result<()> {
         if root.is_empty() {
+            let value = change(None)?;
             let block = self.new_node(kind, 0)?;
-            self.node_mut(block).insert(0, key, value);
+            self.node_mut(block).insert(0, key, &value);
             *root = Root {
                 node: dirty_ref(block),
                 level: 0,
@@ -152,7 +196,7 @@ impl Meta {
         }
         let block = self.shadow(kind, root.level, root.node)?;
         root.node = dirty_ref(block);
-        if let Some((right_key, right)) = self.insert_below(kind, root.level, block, key, value)? {
+        if let Some((right_key, right)) = self.update_below(kind, root.level, block, key, change)? {
             if root.level >= LEVEL_MAX {
                 return Err(contradiction(block));
             }
@@ -169,39 +213,40 @@ impl Meta {
         Ok(())
     }
 
-    /// Inserts below a private node; returns the new right neighbour if it had to be split.
-    fn insert_below(
+    /// Updates below a private node; returns the new right neighbour if it had to be split.
+    fn update_below<'v>(
         &mut self,
         kind: TreeKind,
         level: u8,
         block: u64,
         key: u128,
-        value: &[u8],
+        change: &mut Change<'_, 'v>,
     ) -> Result<Option<(u128, u64)>> {
+        let node = self.node_mut(block);
         if level == 0 {
-            let node = self.node_mut(block);
-            return match node.find(key) {
-                Ok(i) if node.set_value(i, value) => Ok(None),
+            let found = node.find(key);
+            let value = change(found.ok().map(|i| node.value(i)))?;
+            return match found {
+                Ok(i) if node.set_value(i, &value) => Ok(None),
                 Ok(i) => {
                     node.remove(i);
-                    self.insert_here(kind, level, block, i, key, value)
+                    self.insert_here(kind, level, block, i, key, &value)
                 }
-                Err(i) => self.insert_here(kind, level, block, i, key, value),
+                Err(i) => self.insert_here(kind, level, block, i, key, &value),
             };
         }
-        let node = self.node_mut(block);
         let i = node.child_index(key);
         let at = node.child(i);
+        let grows = key < node.key(i);
         let child = self.shadow(kind, level - 1, at)?;
-        let node = self.node_mut(block);
         if child != at.block {
-            node.set_child(i, dirty_ref(child));
+            self.node_mut(block).set_child(i, dirty_ref(child));
         }
-        if key < node.key(i) {
+        if grows {
             // Only the first child is chosen for a smaller key; its range grows downwards.
-            node.set_key(i, key);
+            self.node_mut(block).set_key(i, key);
         }
-        match self.insert_below(kind, level - 1, child, key, value)? {
+        match self.update_below(kind, level - 1, child, key, change)? {
             None => Ok(None),
             Some((right_key, right)) => self.insert_here(
                 kind,
@@ -262,11 +307,21 @@ impl Meta {
         if self.get(*root, kind, key)?.is_none() {
             return Ok(false);
         }
+        self.remove_known(root, kind, key)?;
+        Ok(true)
+    }
+
+    /// Removes a record that is there: the tree is not empty.
+    pub(crate) fn remove_known(
+        &mut self,
+        root: &mut Root,
+        kind: TreeKind,
+        key: u128,
+    ) -> Result<()> {
         let block = self.shadow(kind, root.level, root.node)?;
         root.node = dirty_ref(block);
         self.remove_below(kind, root.level, block, key)?;
-        self.shrink_root(root, kind)?;
-        Ok(true)
+        self.shrink_root(root, kind)
     }
 
     fn remove_below(&mut self, kind: TreeKind, level: u8, block: u64, key: u128) -> Result<()> {
@@ -463,23 +518,14 @@ impl Meta {
 
     /// Computes the checksums of all dirty nodes below `root`, children first, and stores them
     /// in their parents. `sealed` remembers the checksum of each node done.
-    pub(crate) fn seal(
-        &mut self,
-        root: &mut Root,
-        sealed: &mut std::collections::HashMap<u64, u32>,
-    ) -> Result<()> {
+    pub(crate) fn seal(&mut self, root: &mut Root, sealed: &mut BlockMap<u32>) -> Result<()> {
         if !root.is_empty() && self.is_dirty(root.node.block) {
             root.node.crc = self.seal_below(root.level, root.node.block, sealed)?;
         }
         Ok(())
     }
 
-    fn seal_below(
-        &mut self,
-        level: u8,
-        block: u64,
-        sealed: &mut std::collections::HashMap<u64, u32>,
-    ) -> Result<u32> {
+    fn seal_below(&mut self, level: u8, block: u64, sealed: &mut BlockMap<u32>) -> Result<u32> {
         if let Some(&crc) = sealed.get(&block) {
             return Ok(crc);
         }

@@ -225,6 +225,9 @@ pub struct Health {
     pub unsynced_ms: u64,
     /// Reads of blocks and tree nodes that were not what had been written.
     pub damaged_reads: u64,
+    /// Copies of the superblock that are older than they should be, because the host has no space
+    /// for newer ones.
+    pub stale_copies: u64,
     /// Beats of the heartbeat.
     pub beats: u64,
     /// Milliseconds since the last one.

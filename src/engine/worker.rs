@@ -10,7 +10,7 @@
 //! |---|---|---|
 //! | queue for the journal | at a quarter the commit thread commits it | the writer commits it |
 //! | staged blocks | destage begins | writers wait for it |
-//! | journal | a checkpoint begins | commits wait for it |
+//! | journal, and the time that its replay takes (`work.rs`) | a checkpoint begins | commits wait for it |
 //! | dirty nodes, changed reference counts | - | a checkpoint begins; at twice the limit writers wait |
 //! | free blocks | - | below the floor: `NoSpace`, but deleting goes on |
 
@@ -23,6 +23,7 @@ use crate::sync::{Instant, thread};
 
 use super::counters::full;
 use super::pool::{Pool, Wake};
+use super::work::PENDING_MAX;
 
 /// How long an acknowledged write may stay out of the journal when nobody asks for durability:
 /// `sync(2)` does not reach a FUSE daemon.
@@ -64,7 +65,8 @@ impl Pool {
         if self.read_only || self.threaded.swap(true, Ordering::SeqCst) {
             return Ok(());
         }
-        if self.replayed.lock().batches > 0 {
+        if self.was_left_open {
+            // What waited for a discard when the daemon died is not known.
             self.meta.write().space.discard_all();
         }
         let mut workers = self.workers.lock();
@@ -154,10 +156,7 @@ impl Pool {
 
     fn work(&self, asked: bool, last: &mut Instant) -> Result<()> {
         self.check_poison()?;
-        let journal_half = {
-            let journal = self.journal.lock();
-            journal.used() > journal.size() / 2
-        };
+        let journal_half = self.journal.lock().is_over(2);
         let many_dirty = self.excess() > 0;
         let staged = self.stage.lock().blocks();
         let stale = last.elapsed() > CHECKPOINT_INTERVAL;
@@ -247,11 +246,11 @@ impl Pool {
         self.keep_rescue()?;
         loop {
             self.check_poison()?;
-            let (pending, staged) = {
+            let (pending, work, staged) = {
                 let stage = self.stage.lock();
-                (stage.pending_bytes(), stage.blocks())
+                (stage.pending_bytes(), stage.work, stage.blocks())
             };
-            if pending >= self.limits.pending_bytes {
+            if pending >= self.limits.pending_bytes || work >= PENDING_MAX {
                 self.sync()?;
                 continue;
             }
@@ -260,10 +259,7 @@ impl Pool {
             let low = self.counters.free() < self.counters.floor() / 2 && dirty;
             let tight = self.counters.is_tight();
             if !self.is_threaded() {
-                let journal_half = {
-                    let journal = self.journal.lock();
-                    journal.used() > journal.size() / 2
-                };
+                let journal_half = self.journal.lock().is_over(2);
                 let done = if journal_half || excess > 0 || low || tight {
                     self.checkpoint_as(false)
                 } else if staged >= self.limits.staged_blocks {
@@ -282,7 +278,7 @@ impl Pool {
                 // on as long as the journal has room.
                 return Ok(());
             }
-            if pending >= self.limits.pending_bytes / EARLY {
+            if pending >= self.limits.pending_bytes / EARLY || work >= PENDING_MAX / EARLY as u64 {
                 self.commit_early();
             }
             if low || tight || excess > 1 {

@@ -53,12 +53,14 @@ pub fn probe_named(source: &dyn Source, extension: Option<&str>) -> Result<Forma
 ///
 /// # Errors
 /// `Corrupt` if the name promises a format and the contents are of none; `Invalid` if the contents
-/// look like another format than the name says; `Io`.
+/// look like another format than the name says; `Unsupported` if the name promises nothing and the
+/// contents are of a kind that nobody reads here; `Io`.
 pub fn choose(source: &dyn Source, extension: Option<&str>) -> Result<Format> {
     let found = probe_named(source, extension)?;
     let promised = extension.and_then(Format::named);
     match (promised, found) {
         (_, Format::Raw) if source.is_empty() => Err(broken("the file is empty")),
+        (None, Format::Raw) => refuse_foreign(source).map(|()| found),
         (Some(promised), Format::Raw) if promised != Format::Raw => Err(broken(format!(
             "the name says {promised}, and the contents are not: damaged, or cut off"
         ))),
@@ -77,6 +79,43 @@ pub fn choose(source: &dyn Source, extension: Option<&str>) -> Result<Format> {
             ),
         )),
         (_, found) => Ok(found),
+    }
+}
+
+/// What no firmware boots and no partition table begins with, and what to do with such a file.
+const FOREIGN: [(&[u8], &str, &str); 8] = [
+    (b"QED\0", "a QED image", "convert it with qemu-img"),
+    (
+        b"WithoutFreeSpace",
+        "a Parallels image",
+        "convert it with qemu-img",
+    ),
+    (
+        b"WithouFreSpacExt",
+        "a Parallels image",
+        "convert it with qemu-img",
+    ),
+    (b"\x1f\x8b\x08", "compressed with gzip", "decompress it"),
+    (b"\xfd7zXZ\0", "compressed with xz", "decompress it"),
+    (b"\x28\xb5\x2f\xfd", "compressed with zstd", "decompress it"),
+    (b"PK\x03\x04", "a ZIP archive", "unpack it"),
+    (b"7z\xbc\xaf\x27\x1c", "a 7z archive", "unpack it"),
+];
+
+/// Refuses what would be a disk of no use if its bytes were taken as they are.
+///
+/// # Errors
+/// `Unsupported` with what to do; `Io`.
+pub fn refuse_foreign(source: &dyn Source) -> Result<()> {
+    let head = read_vec(source, 0, source.len().min(16) as usize)?;
+    match FOREIGN.iter().find(|(magic, ..)| head.starts_with(magic)) {
+        None => Ok(()),
+        Some((_, what, advice)) => Err(Error::new(
+            Kind::Unsupported,
+            format!(
+                "it is {what}: {advice} first, or say --from raw to take its bytes as they are"
+            ),
+        )),
     }
 }
 
@@ -156,6 +195,20 @@ mod tests {
         for name in ["vmdk", "vdi", "vhd", "vhdx"] {
             assert_eq!(choose(&qcow2, name), None, "{name}");
         }
+    }
+
+    #[test]
+    fn what_is_of_another_kind_is_no_raw_disk_unless_its_name_says_so() {
+        for (magic, ..) in FOREIGN {
+            let mut file = magic.to_vec();
+            file.resize(4096, 7);
+            for name in [None, Some("qed"), Some("gz")] {
+                let error = choose(&file, name).map(drop).map_err(|error| error.kind());
+                assert_eq!(error, Err(Kind::Unsupported), "{name:?}");
+            }
+            assert_eq!(choose(&file, Some("img")).ok(), Some(Format::Raw));
+        }
+        assert_eq!(choose(&vec![7; 4096], None).ok(), Some(Format::Raw));
     }
 
     #[test]

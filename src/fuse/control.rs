@@ -11,7 +11,10 @@ use std::time::{Duration, Instant};
 
 use parking_lot::Mutex;
 
-use crate::control::{EXTENTS_MAX, Info, Look, Request, Response, Shares, Token, clone_names};
+use crate::control::{
+    Compare, EXTENTS_MAX, Info, Look, RUNS_MAX, Request, Response, SUMS_MAX, Shares, Token,
+    clone_names,
+};
 use crate::engine::{Attr, FileKind, Share};
 use crate::error::{Error, Kind, Result};
 use crate::sys;
@@ -116,6 +119,14 @@ impl Server {
                 Ok(Response::Done)
             }
             Request::Extents(look) => self.extents(caller, handle, ino, look),
+            Request::Places { from, to, sums } => {
+                self.check_readable(handle, ino)?;
+                let sums_max = sums.then_some(SUMS_MAX);
+                let pool = self.vfs.pool();
+                let places = pool.places(ino, (*from, *to), RUNS_MAX, sums_max)?;
+                Ok(Response::Places(places))
+            }
+            Request::ShareEqual(compare) => self.share_equal(caller, handle, ino, compare),
             Request::Grow { size } => self.grow(caller, *size),
         }
     }
@@ -175,6 +186,35 @@ impl Server {
         })
     }
 
+    fn check_readable(&self, handle: HandleId, ino: Ino) -> Result<()> {
+        if self.vfs.handle_flags(handle, ino).read {
+            return Ok(());
+        }
+        Err(Error::new(
+            Kind::Denied,
+            "the file is not open for reading: open it so",
+        ))
+    }
+
+    /// Who learns what is equal could read both files.
+    fn share_equal(
+        &self,
+        caller: &Caller,
+        handle: HandleId,
+        ino: Ino,
+        compare: &Compare,
+    ) -> Result<Response> {
+        self.check_readable(handle, ino)?;
+        let src = match compare.source {
+            Some(token) => self.granted(caller, token)?,
+            None => ino,
+        };
+        let equal = self
+            .vfs
+            .share_equal(src, (handle, ino), &compare.range, compare.dry)?;
+        Ok(Response::Equal(equal))
+    }
+
     fn extents(
         &self,
         caller: &Caller,
@@ -182,12 +222,7 @@ impl Server {
         ino: Ino,
         look: &Look,
     ) -> Result<Response> {
-        if !self.vfs.handle_flags(handle, ino).read {
-            return Err(Error::new(
-                Kind::Denied,
-                "the file is not open for reading: open it so",
-            ));
-        }
+        self.check_readable(handle, ino)?;
         let pool = self.vfs.pool();
         let extents = match look.other {
             None => pool.data_ranges(ino, look.from, look.to, EXTENTS_MAX),

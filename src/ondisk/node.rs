@@ -313,10 +313,29 @@ impl Node {
 
     /// Position of `key`, or where it would be inserted.
     pub fn find(&self, key: u128) -> std::result::Result<usize, usize> {
+        if self.kind.key_len() == 16 {
+            // Both halves in one: they are little-endian, and the lower one comes first.
+            return self.search::<16, _>(|bytes| u128::from_le_bytes(bytes).cmp(&key));
+        }
+        match u64::try_from(key) {
+            Ok(key) => self.search::<8, _>(|bytes| u64::from_le_bytes(bytes).cmp(&key)),
+            Err(_) => Err(self.count()),
+        }
+    }
+
+    /// Searches keys of `LEN` bytes, which `compare` compares with the one that is wanted.
+    fn search<const LEN: usize, F>(&self, compare: F) -> std::result::Result<usize, usize>
+    where
+        F: Fn([u8; LEN]) -> std::cmp::Ordering,
+    {
+        let stride = self.stride();
         let (mut low, mut high) = (0, self.count());
         while low < high {
             let mid = (low + high) / 2;
-            match self.key(mid).cmp(&key) {
+            let mut bytes = [0; LEN];
+            let at = NODE_RECORDS + mid * stride;
+            bytes.copy_from_slice(&self.page[at..at + LEN]);
+            match compare(bytes) {
                 std::cmp::Ordering::Equal => return Ok(mid),
                 std::cmp::Ordering::Less => low = mid + 1,
                 std::cmp::Ordering::Greater => high = mid,

@@ -219,6 +219,53 @@ pub fn punch(file: &File, offset: u64, len: u64) -> io::Result<()> {
     }
 }
 
+/// Gives `to` the extended attributes of `from`, access lists among them.
+///
+/// # Errors
+/// The system's own. A filesystem without attributes has none to copy.
+pub fn copy_attributes(from: &File, to: &File) -> io::Result<()> {
+    // SAFETY: the kernel writes at most `len` bytes to `to`, which is that long.
+    let names = whole(|to, len| unsafe { libc::flistxattr(from.as_raw_fd(), to.cast(), len) });
+    let names = match names {
+        Err(error) if error.raw_os_error() == Some(libc::ENOTSUP) => return Ok(()),
+        names => names?,
+    };
+    for name in names
+        .split(|byte| *byte == 0)
+        .filter(|name| !name.is_empty())
+    {
+        let name = CString::new(name)?;
+        // SAFETY: as above; the name ends in a zero and lives through the call.
+        let value = whole(|to, len| unsafe {
+            libc::fgetxattr(from.as_raw_fd(), name.as_ptr(), to.cast(), len)
+        })?;
+        // SAFETY: the kernel reads the name up to its zero, and `value.len()` bytes of the value.
+        let set = unsafe {
+            libc::fsetxattr(
+                to.as_raw_fd(),
+                name.as_ptr(),
+                value.as_ptr().cast(),
+                value.len(),
+                0,
+            )
+        };
+        if set != 0 {
+            return Err(io::Error::last_os_error());
+        }
+    }
+    Ok(())
+}
+
+/// What a call writes to a buffer that it tells the size of: the largest value of an attribute, and
+/// the longest list of them, is 64 KiB.
+fn whole(call: impl Fn(*mut u8, usize) -> isize) -> io::Result<Vec<u8>> {
+    let mut bytes = vec![0; 64 << 10]; // 64 KiB: XATTR_SIZE_MAX and XATTR_LIST_MAX
+    let len = usize::try_from(call(bytes.as_mut_ptr(), bytes.len()))
+        .map_err(|_| io::Error::last_os_error())?;
+    bytes.truncate(len);
+    Ok(bytes)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

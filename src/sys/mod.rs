@@ -7,3 +7,4 @@ pub mod files;
 pub mod memory;
 pub mod process;
 pub mod ring;
+pub mod slab;

@@ -10,12 +10,13 @@
 use std::collections::HashSet;
 use std::fmt::Display;
 use std::path::Path;
+use std::sync::Arc;
 
-use super::library::{Library, Parent, What};
+use super::library::{Library, Parent, Through, What};
 use super::looks::Choice;
 use crate::error::{Error, Kind, Result};
 use crate::formats::chain::Chain;
-use crate::formats::{Format, Identity, ParentRef};
+use crate::formats::{FileSource, Format, Identity, ParentRef};
 
 /// Longest chain. Products stop far below: Hyper-V at 50, VMware at 32.
 const DEPTH_MAX: usize = 256;
@@ -46,7 +47,16 @@ impl Library {
     /// # Errors
     /// As [`chain`](Self::chain) and [`layer`](Self::layer).
     pub fn disk(&self, index: usize) -> Result<Chain> {
-        let layers = self.chain(index)?.into_iter().map(|i| self.layer(i));
+        self.disk_through(index, &mut |file| Ok(Arc::new(FileSource::new(file)?)))
+    }
+
+    /// As [`disk`](Self::disk), with its files read by what `through` makes of each.
+    ///
+    /// # Errors
+    /// As [`disk`](Self::disk), and those of `through`.
+    pub fn disk_through(&self, index: usize, through: Through<'_>) -> Result<Chain> {
+        let chain = self.chain(index)?.into_iter();
+        let layers = chain.map(|index| self.layer_through(index, through));
         Ok(Chain::new(layers.collect::<Result<_>>()?))
     }
 
@@ -100,8 +110,18 @@ impl Library {
                 Err(_) => {}
             }
         }
+        let by_uuid = matches!(wanted.identity, Some(Identity::Uuid(_)));
+        if by_uuid {
+            self.scan_beside(&image.spot);
+        }
         if proven && let Some(parent) = self.by_identity(index, &wanted)? {
             return Ok((parent, "by id"));
+        }
+        if by_uuid {
+            self.scan_roots();
+            if let Some(parent) = self.by_identity(index, &wanted)? {
+                return Ok((parent, "by id"));
+            }
         }
         Err(why.unwrap_or_else(|| missing(&wanted)))
     }
@@ -136,11 +156,7 @@ impl Library {
 
     /// The one image with the id that is wanted. Copies have the same: then the one beside the
     /// child, or none.
-    fn by_identity(&mut self, child: usize, wanted: &ParentRef) -> Result<Option<usize>> {
-        if let Some(Identity::Uuid(_)) = wanted.identity {
-            let spot = self.images()[child].spot.clone();
-            self.scan_beside(&spot);
-        }
+    fn by_identity(&self, child: usize, wanted: &ParentRef) -> Result<Option<usize>> {
         let images = self.images();
         let home = images[child].spot.directory();
         let suits = |index: &usize| {

@@ -7,7 +7,7 @@
 //! 3. Directories are walked without following links, to a bounded depth and number of entries.
 
 use std::collections::{HashMap, HashSet};
-use std::fs::Metadata;
+use std::fs::{File, Metadata};
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -21,7 +21,10 @@ use crate::formats::{Facts, FileSource, Format, Layer, Source, ova, probe};
 /// Most entries of a directory tree.
 const ENTRIES_MAX: usize = 1_000_000;
 /// Deepest directory.
-const DEPTH_MAX: usize = 128;
+pub(super) const DEPTH_MAX: usize = 128;
+
+/// Makes a source of a file that an image consists of.
+pub type Through<'a> = &'a mut dyn FnMut(File) -> Result<Arc<dyn Source>>;
 
 /// Which disk of a file.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -91,7 +94,7 @@ pub struct Trouble {
 pub struct Library {
     roots: Roots,
     images: Vec<Image>,
-    troubles: Vec<Trouble>,
+    pub(super) troubles: Vec<Trouble>,
     /// Images that turned out to be extents of others.
     left_out: Vec<Trouble>,
     loaded: HashMap<(FileId, Option<Format>), usize>,
@@ -101,6 +104,8 @@ pub struct Library {
     extents: HashSet<FileId>,
     /// Directories whose entries were looked at.
     pub(super) scanned: HashSet<Spot>,
+    /// Trees that were looked at from top to bottom.
+    pub(super) walked: HashSet<Spot>,
     /// Entries of directories that were seen.
     entries: usize,
 }
@@ -172,7 +177,7 @@ impl Library {
     /// directory below, is among the [`troubles`](Self::troubles).
     pub fn add_tree(&mut self, dir: &Path, under: &Path) -> Result<()> {
         let top = self.roots.add(dir)?;
-        let mut pending = vec![(top, under.to_path_buf(), 0)];
+        let mut pending = vec![(top.clone(), under.to_path_buf(), 0)];
         while let Some((dir, place, depth)) = pending.pop() {
             let entries = match self.list(&dir) {
                 Ok(entries) => entries,
@@ -196,6 +201,7 @@ impl Library {
             }
             self.scanned.insert(dir);
         }
+        self.walked.insert(top);
         Ok(())
     }
 
@@ -211,7 +217,7 @@ impl Library {
     }
 
     /// Files and directories in a directory, by name. A link is neither.
-    fn list(&mut self, dir: &Spot) -> Result<Vec<(PathBuf, bool)>> {
+    pub(super) fn list(&mut self, dir: &Spot) -> Result<Vec<(PathBuf, bool)>> {
         let path = self.roots.show(dir);
         let failed = |source| Error::io(format!("cannot list {}", path.display()), source);
         let mut found = Vec::new();
@@ -233,23 +239,7 @@ impl Library {
         Ok(found)
     }
 
-    /// Looks at what stands beside an image: among it may be its parent.
-    pub(super) fn scan_beside(&mut self, spot: &Spot) {
-        let dir = spot.directory();
-        if !self.scanned.insert(dir.clone()) {
-            return;
-        }
-        let known = self.troubles.len();
-        for (name, is_dir) in self.list(&dir).unwrap_or_default() {
-            if !is_dir {
-                self.try_load(&dir.join(&name), Choice::Scan, None);
-            }
-        }
-        // Nobody asked for these.
-        self.troubles.truncate(known);
-    }
-
-    fn try_load(&mut self, spot: &Spot, choice: Choice, place: Option<&Path>) {
+    pub(super) fn try_load(&mut self, spot: &Spot, choice: Choice, place: Option<&Path>) {
         if let Err(error) = self.load(spot, choice, place) {
             let path = self.roots.show(spot);
             let (mut id, mut plain) = ((0, 0), false);
@@ -474,6 +464,14 @@ impl Library {
     /// # Errors
     /// `Busy` if the file was replaced since it was looked at; as the format's own.
     pub fn layer(&self, index: usize) -> Result<Box<dyn Layer>> {
+        self.layer_through(index, &mut |file| Ok(Arc::new(FileSource::new(file)?)))
+    }
+
+    /// As [`layer`](Self::layer), with its files read by what `through` makes of each.
+    ///
+    /// # Errors
+    /// As [`layer`](Self::layer), and those of `through`.
+    pub fn layer_through(&self, index: usize, through: Through<'_>) -> Result<Box<dyn Layer>> {
         let image = &self.images[index];
         let (file, metadata) = self.roots.open(&image.spot, image.wanted)?;
         let changed = || {
@@ -488,14 +486,14 @@ impl Library {
         if file_id(&metadata) != image.id {
             return Err(changed());
         }
-        let source: Arc<dyn Source> = Arc::new(FileSource::new(file)?);
+        let source = through(file)?;
+        let mut open = |name: &str| {
+            let (file, _) = self.open_extent(&image.spot, name)?;
+            through(file)
+        };
         let layer: Box<dyn Layer> = match &image.what {
-            What::Disk => {
-                let format = image.facts.format;
-                self.open(&image.spot, format, source, &mut Vec::new())?.0
-            }
+            What::Disk => probe::open(source, image.facts.format, &mut open)?,
             What::Snapshot(number, _) => {
-                let mut open = |name: &str| self.open_extent(&image.spot, name, &mut Vec::new());
                 let qcow2 = Qcow2::open(source, &mut open)?;
                 let snapshots = qcow2.snapshots()?;
                 let snapshot = snapshots.get(*number).ok_or_else(changed)?;
@@ -541,7 +539,12 @@ impl Library {
         source: Arc<dyn Source>,
         extents: &mut Vec<(FileId, u64)>,
     ) -> Result<Opened> {
-        let mut open = |name: &str| self.open_extent(spot, name, extents);
+        let mut open = |name: &str| {
+            let (file, metadata) = self.open_extent(spot, name)?;
+            extents.push((file_id(&metadata), metadata.blocks() * 512));
+            let source: Arc<dyn Source> = Arc::new(FileSource::new(file)?);
+            Ok(source)
+        };
         if format != Format::Qcow2 || probe::is_qcow1(&*source)? {
             return Ok((probe::open(source, format, &mut open)?, Ok(Vec::new())));
         }
@@ -555,19 +558,11 @@ impl Library {
     }
 
     /// Opens a further file of the image at `spot`, by the name that the image has for it.
-    fn open_extent(
-        &self,
-        spot: &Spot,
-        name: &str,
-        extents: &mut Vec<(FileId, u64)>,
-    ) -> Result<Arc<dyn Source>> {
+    fn open_extent(&self, spot: &Spot, name: &str) -> Result<(File, Metadata)> {
         let mut why = None;
         for candidate in self.roots.candidates(spot, name, false)? {
             match self.roots.open(&candidate, false) {
-                Ok((file, metadata)) => {
-                    extents.push((file_id(&metadata), metadata.blocks() * 512));
-                    return Ok(Arc::new(FileSource::new(file)?));
-                }
+                Ok(found) => return Ok(found),
                 Err(error) if error.kind() == Kind::NotFound => {
                     why.get_or_insert(error);
                 }

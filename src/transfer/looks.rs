@@ -115,6 +115,9 @@ pub(super) fn choose(
         }
         Choice::Backing => {
             let found = probe::probe_named(source, extension)?;
+            if found == Format::Raw && extension.and_then(Format::named).is_none() {
+                probe::refuse_foreign(source)?;
+            }
             if found == Format::Raw || extension.and_then(Format::named) == Some(found) {
                 return Ok(Some(found));
             }

@@ -9,10 +9,11 @@ mod library;
 mod looks;
 mod names;
 mod roots;
+mod scan;
 mod twins;
 
 pub use fill::{Filled, Held, fill, held};
-pub use library::{Image, Library, Parent, Trouble, What};
+pub use library::{Image, Library, Parent, Through, Trouble, What};
 pub use names::destinations;
 pub use roots::{FileId, Roots, Spot};
-pub use twins::{Twin, Twins};
+pub use twins::{CloneFile, Twin, Twins};

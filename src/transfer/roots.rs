@@ -99,6 +99,12 @@ impl Roots {
         })
     }
 
+    /// The directories themselves.
+    pub(super) fn tops(&self) -> impl Iterator<Item = Spot> + use<> {
+        let path = PathBuf::new;
+        (0..self.roots.len()).map(move |root| Spot { root, path: path() })
+    }
+
     /// The whole path of a place, to show, and to list directories.
     pub fn show(&self, spot: &Spot) -> PathBuf {
         self.roots[spot.root].path.join(&spot.path)

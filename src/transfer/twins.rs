@@ -1,18 +1,21 @@
-//! Blocks of images that were imported earlier in the same run, by their hash: where equal contents
-//! can be shared instead of written again.
+//! Blocks of images that were imported earlier in the same run, and of files that were in the pool
+//! before, by their checksum: where equal contents can be shared instead of written again.
 //!
 //! Invariants:
 //!
-//! 1. A hash only says where to look: bytes are compared before they are shared.
-//! 2. A file in the index has no name, and a window of it is noted when it is complete and changes no
-//!    more. Only such windows are compared: what is shared is what was compared.
-//! 3. Memory is bounded: at [`ENTRIES_MAX`] entries every second hash is forgotten and no longer
+//! 1. A checksum only says where to look: bytes are compared before they are shared.
+//! 2. What is compared changes no more, so that what is shared is what was compared. Of an image
+//!    that is being imported only windows that are complete are in the index. A file that was in the
+//!    pool before is looked at as it is now, in a clone without a name.
+//! 3. Memory is bounded: at [`ENTRIES_MAX`] entries every second checksum is forgotten and no longer
 //!    taken. Runs of equal blocks are found by those that are left.
 
 use std::collections::HashMap;
+use std::fmt;
 use std::fs::File;
 use std::ops::Range;
 use std::os::unix::fs::FileExt;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use crate::error::{Error, Result};
@@ -22,54 +25,91 @@ use crate::sys::files;
 
 /// Unit that is shared: a block of the pool.
 const BLOCK: usize = 4096;
-/// Most entries: with what a map needs beside them about 100 MiB.
-const ENTRIES_MAX: usize = 2 << 20;
+/// Most entries, which stand for 12 GiB: with what a map needs beside them about 80 MiB.
+const ENTRIES_MAX: usize = 3 << 20;
 /// Blocks of a window of [`fill`](super::fill()).
 const WINDOW_BLOCKS: i64 = super::fill::WINDOW as i64 / BLOCK as i64;
-/// Most files.
-const FILES_MAX: usize = 512;
+/// Most images, and clones of files of the pool, that are open for this.
+const OPEN_MAX: usize = 512;
+/// Most files of the pool.
+const KNOWN_MAX: usize = 1 << 20;
 /// Most places that are compared with one window.
 const TRIES_MAX: usize = 8;
 
+/// Makes a clone without a name of a file of the pool.
+pub type CloneFile<'a> = Box<dyn Fn(&Path) -> Result<File> + Send + Sync + 'a>;
+
+#[derive(Debug)]
+enum Source {
+    /// It changes no more (I2).
+    Open(Arc<File>),
+    /// It was in the pool before.
+    Known(PathBuf),
+    /// It is gone, or nobody may read it, or too many are open.
+    Unusable,
+}
+
 #[derive(Debug, Default)]
 struct Index {
-    files: Vec<Arc<File>>,
+    files: Vec<Source>,
+    open: usize,
     /// Number of the file, and the block in it.
-    blocks: HashMap<u64, (u32, u32)>,
-    /// Only hashes without these bits are kept.
-    mask: u64,
+    blocks: HashMap<u32, (u32, u32)>,
+    /// Only checksums without these bits are kept.
+    mask: u32,
+}
+
+impl Index {
+    fn insert(&mut self, sum: u32, file: u32, block: u64) {
+        let Ok(block) = u32::try_from(block) else {
+            return;
+        };
+        if sum & self.mask != 0 {
+            return;
+        }
+        self.blocks.entry(sum).or_insert((file, block));
+        if self.blocks.len() >= ENTRIES_MAX {
+            self.mask = self.mask << 1 | 1;
+            let mask = self.mask;
+            self.blocks.retain(|sum, _| sum & mask == 0); // I3
+        }
+    }
 }
 
 /// The index.
-#[derive(Debug, Default)]
-pub struct Twins {
+pub struct Twins<'a> {
     index: Mutex<Index>,
+    clone: CloneFile<'a>,
+}
+
+impl fmt::Debug for Twins<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "Twins({} blocks)", self.index.lock().blocks.len())
+    }
 }
 
 /// A file of the index that is being written.
 #[derive(Clone, Debug)]
 pub struct Twin<'a> {
-    twins: &'a Twins,
+    twins: &'a Twins<'a>,
     number: Option<u32>,
 }
 
-/// Of two checksums, because it is quick: whoever makes blocks with one hash wins a comparison.
-fn hash(block: &[u8]) -> u64 {
-    let (a, b) = block.split_at(BLOCK / 2);
-    u64::from(crc32c(a)) << 32 | u64::from(crc32c(b))
-}
-
-impl Twins {
-    /// An empty index.
-    pub fn new() -> Self {
-        Self::default()
+impl<'a> Twins<'a> {
+    /// An empty index. `clone` is asked for files of the pool when something of them may be equal.
+    pub fn new(clone: CloneFile<'a>) -> Self {
+        Self {
+            index: Mutex::default(),
+            clone,
+        }
     }
 
-    /// Adds a file, as long as there is room.
-    pub fn add(&self, file: &Arc<File>) -> Twin<'_> {
+    /// Adds a file that is being imported, as long as there is room.
+    pub fn add<'b>(&'b self, file: &Arc<File>) -> Twin<'b> {
         let mut index = self.index.lock();
-        let number = (index.files.len() < FILES_MAX).then(|| {
-            index.files.push(file.clone());
+        let number = (index.open < OPEN_MAX).then(|| {
+            index.open += 1;
+            index.files.push(Source::Open(file.clone()));
             index.files.len() as u32 - 1
         });
         Twin {
@@ -77,32 +117,66 @@ impl Twins {
             number,
         }
     }
+
+    /// Adds a file of the pool, as long as there is room. Returns its number.
+    pub fn add_known(&self, path: PathBuf) -> Option<u32> {
+        let mut index = self.index.lock();
+        (index.files.len() < KNOWN_MAX).then(|| {
+            index.files.push(Source::Known(path));
+            index.files.len() as u32 - 1
+        })
+    }
+
+    /// Adds a block of a file of the pool, by its checksum (CRC-32C).
+    pub fn learn(&self, number: u32, block: u64, sum: u32) {
+        self.index.lock().insert(sum, number, block);
+    }
+
+    /// Where a block with this checksum may be, and what to read of it.
+    fn find(&self, sum: u32) -> Option<(u32, i64, Arc<File>)> {
+        let (number, block, path) = {
+            let index = self.index.lock();
+            let (number, block) = *index.blocks.get(&sum)?;
+            let block = i64::from(block);
+            match index.files.get(number as usize)? {
+                Source::Open(file) => return Some((number, block, file.clone())),
+                Source::Known(_) if index.open >= OPEN_MAX => return None,
+                Source::Known(path) => (number, block, path.clone()),
+                Source::Unusable => return None,
+            }
+        };
+        let cloned = (self.clone)(&path);
+        let mut index = self.index.lock();
+        if let Some(Source::Open(file)) = index.files.get(number as usize) {
+            return Some((number, block, file.clone())); // somebody else was quicker
+        }
+        let file = match cloned {
+            Ok(file) => Arc::new(file),
+            Err(error) => {
+                log::debug!("nothing is shared with {}: {error}", path.display());
+                index.files[number as usize] = Source::Unusable;
+                return None;
+            }
+        };
+        index.open += 1;
+        index.files[number as usize] = Source::Open(file.clone());
+        Some((number, block, file))
+    }
 }
 
 impl Twin<'_> {
     /// Remembers the blocks of `bytes`, which stand at `at` in the file.
     pub(super) fn note(&self, at: u64, bytes: &[u8]) {
         let Some(number) = self.number else { return };
-        let mut hashes = Vec::with_capacity(bytes.len() / BLOCK);
+        let mut sums = Vec::with_capacity(bytes.len() / BLOCK);
         for (i, block) in bytes.chunks_exact(BLOCK).enumerate() {
             if block.iter().any(|byte| *byte != 0) {
-                hashes.push((hash(block), at / BLOCK as u64 + i as u64));
+                sums.push((crc32c(block), at / BLOCK as u64 + i as u64));
             }
         }
         let mut index = self.twins.index.lock();
-        for (hash, block) in hashes {
-            let Ok(block) = u32::try_from(block) else {
-                break;
-            };
-            if hash & index.mask != 0 {
-                continue;
-            }
-            index.blocks.entry(hash).or_insert((number, block));
-            if index.blocks.len() >= ENTRIES_MAX {
-                index.mask = index.mask << 1 | 1;
-                let mask = index.mask;
-                index.blocks.retain(|hash, _| hash & mask == 0);
-            }
+        for (sum, block) in sums {
+            index.insert(sum, number, block);
         }
     }
 
@@ -125,16 +199,10 @@ impl Twin<'_> {
                 i += 1;
                 continue;
             }
-            let hash = hash(&bytes[i * BLOCK..(i + 1) * BLOCK]);
-            let found = {
-                let index = self.twins.index.lock();
-                let found = index.blocks.get(&hash).copied();
-                found.and_then(|(number, block)| {
-                    let file = index.files.get(number as usize)?;
-                    let (block, window) = (i64::from(block), i64::from(block) / WINDOW_BLOCKS);
-                    Some(((number, block - i as i64, window), file.clone()))
-                })
-            };
+            let found = self.twins.find(crc32c(&bytes[i * BLOCK..(i + 1) * BLOCK]));
+            let found = found.map(|(number, block, file)| {
+                ((number, block - i as i64, block / WINDOW_BLOCKS), file)
+            });
             if let Some((place, source)) = found
                 && !tried.contains(&place)
             {

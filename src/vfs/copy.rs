@@ -14,7 +14,7 @@ use std::sync::atomic::Ordering;
 use super::caller::Caller;
 use super::inodes::Inode;
 use super::{HandleId, Vfs, check_range};
-use crate::engine::Share;
+use crate::engine::{Equal, Share};
 use crate::error::{Error, Kind, Result};
 use crate::units::{BLOCK_SIZE, Ino, Time};
 
@@ -99,6 +99,38 @@ impl Vfs {
         self.end_pin(&to)?;
         self.pool.share_ranges(src, dst, ranges, Time::now())?;
         if flags.sync { self.pool.sync() } else { Ok(()) }
+    }
+
+    /// Shares what is equal of a range of `src` with `dst`, which is open for writing unless this is
+    /// `dry`. Nothing that anybody can see changes, but for the space that is used. Of a file that is
+    /// just being copied nothing is shared: it shares all that it can.
+    ///
+    /// # Errors
+    /// `Denied`; as [`Pool::share_equal`](crate::engine::Pool::share_equal).
+    pub fn share_equal(
+        &self,
+        src: Ino,
+        (dst_handle, dst): (HandleId, Ino),
+        range: &Share,
+        dry: bool,
+    ) -> Result<Equal> {
+        if !dry {
+            self.check_writable()?;
+            if !self.handle_flags(dst_handle, dst).write {
+                return Err(Error::new(
+                    Kind::Denied,
+                    "the destination is not open for writing: open it so",
+                ));
+            }
+        }
+        let is_pinned = |ino: Ino| {
+            let inode = self.inodes.get(ino);
+            inode.is_some_and(|inode| inode.pinned.load(Ordering::Acquire))
+        };
+        if is_pinned(src) || is_pinned(dst) {
+            return Ok(Equal::default());
+        }
+        self.pool.share_equal(src, dst, range, dry)
     }
 
     /// Ends the clone in pieces that is made of `inode`, if there is one.

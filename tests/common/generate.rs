@@ -44,9 +44,11 @@ pub(crate) fn next_op(rng: &mut SplitMix64, model: &Model, limits: &Limits) -> O
             25..31 => rename(rng, model),
             31..36 => attributes(rng, model),
             36..60 if is_full && rng.chance(70) => remove(rng, model),
-            36..60 => write(rng, model, limits),
+            36..39 => share(rng, model, limits),
+            39..60 => write(rng, model, limits),
             60..72 => Some(create(rng, model)),
-            72..88 => clone(rng, model, limits),
+            72..86 => clone(rng, model, limits),
+            86..91 => share(rng, model, limits),
             _ => write(rng, model, limits),
         };
         if let Some(op) = op {
@@ -301,6 +303,47 @@ fn clone(rng: &mut SplitMix64, model: &Model, limits: &Limits) -> Option<Op> {
             let size = rng.below(from.size() + 1) / unit * unit;
             let dst = pick(rng, &empty)?;
             (from.size() > 0).then_some(Op::BeginClone(src, dst, size))
+        }
+    }
+}
+
+/// Sharing of blocks; or a write of what another file, or another part of this one, has, so that
+/// there is something equal to share.
+fn share(rng: &mut SplitMix64, model: &Model, limits: &Limits) -> Option<Op> {
+    let all = files(model);
+    let (src, dst) = (pick(rng, &all)?, pick(rng, &all)?);
+    let (from, to) = (&model.node(src).content, &model.node(dst).content);
+    let pages: Vec<u64> = from.data_pages().collect();
+    let page = pick(rng, &pages)?;
+    let most = |count: u64, to_page: u64| {
+        let left = (from.size() / 4096).saturating_sub(page);
+        let dst_left = (to.size() / 4096).saturating_sub(to_page);
+        let apart = if src == dst {
+            page.abs_diff(to_page)
+        } else {
+            u64::MAX
+        };
+        count.min(left).min(dst_left).min(apart)
+    };
+    let count = rng.below(16) + 1;
+    match rng.below(4) {
+        0 => {
+            let len = (count * 4096).min(limits.file_max);
+            let offset = rng.below(limits.file_max - len + 1) / 4096 * 4096;
+            Some(Op::Write(dst, offset, from.read(page * 4096, len as usize)))
+        }
+        1 => {
+            let to_page = offset(rng, to.size()) / 4096;
+            let count = most(count, to_page);
+            (count > 0).then_some(Op::Share((src, page), (dst, to_page), count))
+        }
+        _ => {
+            let bytes = from.read(page * 4096, 4096);
+            let is_equal = |other: &u64| to.read(other * 4096, 4096) == bytes;
+            let equal: Vec<u64> = to.data_pages().filter(is_equal).collect();
+            let to_page = pick(rng, &equal)?;
+            let count = most(count, to_page);
+            (count > 0).then_some(Op::ShareEqual((src, page), (dst, to_page), count))
         }
     }
 }

@@ -6,7 +6,7 @@ use std::sync::Arc;
 
 use nodupe::device::{BlockDevice, SimDevice, SimTrace};
 use nodupe::engine::{
-    CreateOptions, FileKind, NewNode, OpenOptions, Pool, RenameMode, SetAttr, XattrMode,
+    CreateOptions, FileKind, NewNode, OpenOptions, Pool, RenameMode, SetAttr, Share, XattrMode,
 };
 use nodupe::error::{Error, Kind, Result};
 use nodupe::units::{Ino, Time};
@@ -36,6 +36,10 @@ pub(crate) enum Op {
     Punch(Id, u64, u64),
     CloneFile(Id, Id),
     CloneRange((Id, u64), (Id, u64), u64),
+    /// Shares blocks: first one of the source and of the destination, and how many.
+    Share((Id, u64), (Id, u64), u64),
+    /// Shares those of them that are equal.
+    ShareEqual((Id, u64), (Id, u64), u64),
     BeginClone(Id, Id, u64),
     ExtendClone(Id, u64),
     EndClone(Id),
@@ -278,6 +282,15 @@ impl Runner {
                 let done = pool.clone_range(from, *src_offset, to, *dst_offset, *len, now)?;
                 assert!(done <= *len, "cloned more than asked for");
             }
+            Op::Share((src, _), (dst, _), _) => {
+                let range = range_of(op);
+                pool.share_ranges(self.ino(*src), self.ino(*dst), &[range], now)?;
+            }
+            Op::ShareEqual((src, _), (dst, _), count) => {
+                let range = range_of(op);
+                let equal = pool.share_equal(self.ino(*src), self.ino(*dst), &range, false)?;
+                assert!(equal.blocks() <= *count, "shared more than asked for");
+            }
             Op::BeginClone(src, dst, size) => {
                 pool.begin_clone(self.ino(*src), self.ino(*dst), *size, now)?;
             }
@@ -408,6 +421,19 @@ impl Runner {
     }
 }
 
+/// What a share is about.
+fn range_of(op: &Op) -> Share {
+    match op {
+        Op::Share((_, block), (_, dst_block), count)
+        | Op::ShareEqual((_, block), (_, dst_block), count) => Share {
+            block: *block,
+            dst_block: *dst_block,
+            count: *count,
+        },
+        other => unreachable!("{other:?} shares nothing"),
+    }
+}
+
 /// The operation on the model alone.
 pub(crate) fn apply(model: &mut Model, op: &Op) -> std::result::Result<(), Kind> {
     match op {
@@ -446,6 +472,12 @@ pub(crate) fn apply(model: &mut Model, op: &Op) -> std::result::Result<(), Kind>
         Op::CloneRange(src, dst, len) => {
             model.clone_range(*src, *dst, *len);
         }
+        Op::Share((src, block), (dst, dst_block), count) => {
+            let bytes = |blocks: &u64| blocks * PAGE as u64;
+            model.clone_range((*src, bytes(block)), (*dst, bytes(dst_block)), bytes(count));
+        }
+        // It ends a clone in pieces, and changes nothing else.
+        Op::ShareEqual(_, (dst, _), _) => model.end_clone(*dst),
         Op::BeginClone(src, dst, size) => model.begin_clone(*src, *dst, *size),
         Op::ExtendClone(dst, size) => {
             model.extend_clone(*dst, *size);

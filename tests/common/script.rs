@@ -79,6 +79,14 @@ pub(crate) fn is_sensible(op: &Op, model: &Model) -> bool {
         Op::CloneRange(src, dst, len) => {
             file(&src.0) && file(&dst.0) && is_one_step(model, *src, *dst, *len)
         }
+        Op::Share(src, dst, count) | Op::ShareEqual(src, dst, count) => {
+            // Whole blocks within both files.
+            let fits = |(id, block): &(Id, u64)| {
+                file(id) && block + count <= model.node(*id).content.size() / 4096
+            };
+            let apart = src.0 != dst.0 || src.1 + count <= dst.1 || dst.1 + count <= src.1;
+            *count > 0 && fits(src) && fits(dst) && apart
+        }
         Op::BeginClone(src, dst, size) => {
             let sizes = |id: Id| model.node(id).content.size();
             file(src) && file(dst) && src != dst && sizes(*dst) == 0 && sizes(*src) >= *size.max(&1)

@@ -5,7 +5,7 @@ use std::os::fd::AsFd;
 use std::os::unix::fs::{FileExt, MetadataExt, PermissionsExt, chown};
 use std::path::Path;
 
-use nodupe::control::{Request, Response, Shares, Token, call};
+use nodupe::control::{Compare, Request, Response, Shares, Token, call};
 use nodupe::engine::Share;
 use nodupe::error::{Kind, Result};
 
@@ -164,6 +164,62 @@ fn blocks_are_shared_only_by_a_descriptor_that_may_write() {
     let writable = File::options().write(true).open(&copy).unwrap();
     call(writable.as_fd(), &share()).unwrap();
     assert!(fs::read(&copy).unwrap() == noise(5, 64 * 4096));
+}
+
+#[test]
+fn blocks_are_compared_only_by_a_descriptor_that_may_read() {
+    let Some(mounted) = Mounted::new() else {
+        return;
+    };
+    let (gold, other) = (mounted.path("gold"), mounted.path("other"));
+    for path in [&gold, &other] {
+        fs::write(path, noise(5, 64 * 4096)).unwrap();
+    }
+    let equal = |dry| {
+        let range = Share {
+            block: 0,
+            dst_block: 0,
+            count: 64,
+        };
+        Request::ShareEqual(Compare {
+            source: Some(token(&gold)),
+            range,
+            dry,
+        })
+    };
+    let places = Request::Places {
+        from: 0,
+        to: 64,
+        sums: true,
+    };
+    let write_only = File::options().write(true).open(&other).unwrap();
+    let read_only = File::open(&other).unwrap();
+    for (file, request) in [
+        (&write_only, equal(false)),
+        (&write_only, equal(true)),
+        (&write_only, places.clone()),
+        (&read_only, equal(false)),
+    ] {
+        let error = call(file.as_fd(), &request).unwrap_err();
+        assert_eq!(error.kind(), Kind::Denied, "{request:?}");
+    }
+    let told = |file: &File, request: &Request| match call(file.as_fd(), request).unwrap() {
+        Response::Equal(equal) => equal.blocks(),
+        Response::Places(places) => places.sums.len() as u64,
+        other => panic!("{other:?}"),
+    };
+    assert_eq!(told(&read_only, &places), 64);
+    assert_eq!(told(&read_only, &equal(true)), 64);
+    let both = File::options().read(true).write(true).open(&other).unwrap();
+    let times = |file: &File| {
+        let facts = file.metadata().unwrap();
+        (facts.modified().unwrap(), facts.ctime_nsec(), facts.len())
+    };
+    let before = times(&both);
+    assert_eq!(told(&both, &equal(false)), 64);
+    assert_eq!(told(&both, &equal(false)), 0);
+    assert_eq!(times(&both), before);
+    assert!(fs::read(&other).unwrap() == noise(5, 64 * 4096));
 }
 
 #[test]

@@ -141,6 +141,7 @@ pub(crate) fn write(
         name: format!("{name}.{}", kind.extension()),
         absolute: None,
         identity: identity(ids),
+        version: (kind == Kind::Vdi).then_some(ids.others[0]),
         format: kind.format(),
     });
     let spec = Spec {
@@ -150,8 +151,7 @@ pub(crate) fn write(
         ids,
         seconds: 1_700_000_000,
         name: file_name.clone(),
-        // VDI: below.
-        parent: described.filter(|_| kind != Kind::Vdi),
+        parent: described,
     };
     let plan = Plan::new(&spec, &disk.changed).unwrap();
     let [planned] = &plan.files[..] else {
@@ -170,12 +170,6 @@ pub(crate) fn write(
         disk: &disk.bytes,
     };
     planned.emit(SIZE, &mut sink).unwrap();
-    if let (Kind::Vdi, Some((_, parent))) = (kind, parent) {
-        // Type 4; the parent's id, and that of its last change, which is not known: zeros.
-        file.write_all_at(&[4], 76).unwrap();
-        file.write_all_at(&parent.uuid.to_guid(), 424).unwrap();
-        file.write_all_at(&[0; 16], 440).unwrap();
-    }
     ids
 }
 

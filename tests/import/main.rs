@@ -4,6 +4,7 @@
 
 #[path = "../datastore/mod.rs"]
 mod datastore;
+mod dedupe;
 mod images;
 
 use std::collections::HashMap;

@@ -5,7 +5,7 @@ use std::sync::mpsc;
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
-use nodupe::engine::Pool;
+use nodupe::engine::{Pool, Share};
 use nodupe::units::{Ino, Time};
 
 use super::common::crash::{Geometry, TINY, check};
@@ -314,4 +314,40 @@ fn no_batch_is_longer_than_the_search_for_lost_ones_reaches() {
     for ino in files {
         assert!(read(&left, ino, 100, 60_000).iter().all(|byte| *byte == 2));
     }
+}
+
+#[test]
+fn what_is_written_while_blocks_are_compared_is_not_shared() {
+    let (device, pool, (one, two)) = open_hooked(&TINY, |pool| {
+        let files = (create(pool, "one"), create(pool, "two"));
+        write(pool, files.0, 0, 1, 8);
+        write(pool, files.1, 0, 1, 8);
+        files
+    });
+    let (worker, others) = (pool.clone(), Others::default());
+    let waiting = others.clone();
+    device.at(At::ReadData, move || {
+        write(&worker, two, 0, 2, 3); // nobody makes it wait
+        waiting.begin(move || checkpoint(&worker));
+    });
+    let all = Share {
+        block: 0,
+        dst_block: 0,
+        count: 8,
+    };
+    let equal = pool.share_equal(one, two, &all, false);
+    let equal = equal.expect("there is room");
+    others.join();
+    device.assert_all_happened();
+    assert_eq!((equal.ranges, equal.compared), (vec![(3, 5)], 8));
+    assert_written(&pool, one, 0, 1, 8);
+    assert_written(&pool, two, 0, 2, 3);
+    pool.sync().expect("the device is sound");
+    let left = reopen(device.sim.crash_none());
+    assert_written(&left, one, 0, 1, 8);
+    assert_written(&left, two, 0, 2, 3);
+    assert_eq!(
+        read(&left, two, 3 * B, 5 * B),
+        read(&left, one, 3 * B, 5 * B)
+    );
 }

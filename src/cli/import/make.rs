@@ -36,7 +36,7 @@ pub(super) struct Maker<'a> {
     format: Option<Format>,
     jobs: usize,
     /// Finds equal blocks, if that is wanted.
-    twins: Option<Twins>,
+    twins: Option<Twins<'a>>,
 }
 
 /// What was made.
@@ -82,7 +82,7 @@ impl<'a> Maker<'a> {
         names: HashMap<usize, PathBuf>,
         format: Option<Format>,
         jobs: usize,
-        dedupe: bool,
+        twins: Option<Twins<'a>>,
     ) -> Self {
         Self {
             library,
@@ -90,13 +90,17 @@ impl<'a> Maker<'a> {
             names,
             format,
             jobs,
-            twins: dedupe.then(Twins::new),
+            twins,
         }
     }
 
     /// Makes all of them.
     pub(super) fn run(mut self, output: Output) -> failure::Result<Made> {
         unnamed::clean(self.dir);
+        if let Err(error) = unnamed::copy_once(self.dir) {
+            // Whatever is wrong there is told of each image.
+            log::debug!("no copy before the others: {error}");
+        }
         let state = self.plan();
         // What failed is perhaps what others are made from; it gets no name.
         let failed: Vec<usize> = state.refused.clone();
@@ -390,7 +394,7 @@ fn share(from: &File, at: u64, to: &File, into: u64, len: u64) -> Result<()> {
 }
 
 /// Makes `to`, which is empty, a clone of `from`, as far as `size`.
-fn copy_all(from: &File, to: &File, size: u64) -> Result<()> {
+pub(super) fn copy_all(from: &File, to: &File, size: u64) -> Result<()> {
     let there = from.metadata().map_err(cannot_write)?.len();
     share(from, 0, to, 0, there.min(size))
 }

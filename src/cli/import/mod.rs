@@ -12,13 +12,14 @@ use std::time::Instant;
 
 use clap::Args;
 use nodupe::formats::Format;
-use nodupe::transfer::{Image, Library, destinations};
+use nodupe::transfer::{Image, Library, Twins, destinations};
 
 use super::access;
 use super::failure::{Failure, Result};
 use super::mounts;
 use super::output::{self, Output, show};
 
+mod known;
 mod make;
 mod report;
 
@@ -54,7 +55,8 @@ pub(super) struct Import {
     /// Directory in which parents and extents may be, too
     #[arg(long, value_name = "DIR")]
     allow_parent: Vec<PathBuf>,
-    /// Share blocks that are equal in several of the images, though none was made from another
+    /// Share blocks that are equal in several of the images or in the pool, though none was made
+    /// from another
     #[arg(long)]
     dedupe: bool,
     /// Images that are imported at once
@@ -95,14 +97,12 @@ pub(super) fn run(args: &Import, output: Output) -> Result<()> {
                 .hint("files that look like nothing are raw disks if you say so: --from raw FILE"),
         );
     }
-    let maker = Maker::new(
-        &library,
-        &dir,
-        names,
-        format,
-        usize::from(args.jobs),
-        args.dedupe,
-    );
+    let twins = match args.dedupe {
+        true => Some(twins(&dir, output)?),
+        false => None,
+    };
+    let jobs = usize::from(args.jobs);
+    let maker = Maker::new(&library, &dir, names, format, jobs, twins);
     let made = maker.run(output)?;
     let total = made.total() + failures.len();
     for index in made.files.keys() {
@@ -132,6 +132,15 @@ pub(super) fn run(args: &Import, output: Output) -> Result<()> {
             "{failed} of {total} images were not imported"
         ))),
     }
+}
+
+/// Where to look for equal blocks: in all of the pool that holds `dir`.
+fn twins(dir: &Path, output: Output) -> Result<Twins<'_>> {
+    let twins = Twins::new(Box::new(|path| known::clone(dir, path)));
+    if let Some(mount) = mounts::holding(dir)? {
+        known::learn(&mount.dir, &twins, output);
+    }
+    Ok(twins)
 }
 
 /// Looks at all that the user named.

@@ -8,6 +8,7 @@ use crate::device::{Fault, FaultOp, Repeat, SimDevice};
 use crate::engine::{CreateOptions, FileKind, NewNode, OpenOptions, Pool};
 use crate::error::{Error, Kind};
 use crate::ondisk::record::Record;
+use crate::sync::atomic::{AtomicBool, Ordering};
 use crate::sync::{Instant, mpsc, thread};
 use crate::units::{Ino, Time};
 
@@ -250,4 +251,31 @@ fn a_checkpoint_with_a_full_ring_leaves_nothing_unsynced() {
     pool.checkpoint().expect("the device is sound");
     assert!(!pool.is_unsynced());
     assert_eq!(pool.unsynced_ms(), 0);
+}
+
+#[test]
+fn a_failure_elsewhere_takes_the_lead_from_nobody() {
+    // Whether somebody leads and who waits must be looked at in one instant: whoever began to lead
+    // in between would lose the lead, and two would write the journal. A machine on which the two
+    // never meet misses the bug; it does not see one that is not there.
+    let (_device, pool) = new_pool();
+    let ino = create(&pool, "a");
+    let (stop, failing) = (Arc::new(AtomicBool::new(false)), Arc::clone(&pool));
+    let over = Arc::clone(&stop);
+    let failing = thread::spawn(move || {
+        while !over.load(Ordering::SeqCst) {
+            failing.commit_failed(&refused());
+        }
+    });
+    for _ in 0..2000 {
+        push(&pool, ino);
+        if let Err(error) = pool.sync() {
+            assert_eq!(error.kind(), Kind::NoSpace, "{error}");
+        }
+    }
+    stop.store(true, Ordering::SeqCst);
+    failing.join().expect("it does not panic");
+    pool.sync().expect("the device is sound");
+    let state = pool.commit.state.lock();
+    assert!(!state.leader && state.waiters.is_empty());
 }

@@ -9,6 +9,7 @@ use super::Ids;
 use crate::error::{Error, Kind, Result};
 use crate::formats::source::read_vec;
 use crate::formats::vhd::{self, checksum};
+use crate::formats::vmdk::descriptor::{self, Descriptor};
 use crate::formats::{Format, Source, broken, unsupported};
 use crate::ondisk::{crc32c, get_u16, get_u32, get_u64};
 
@@ -133,8 +134,7 @@ fn vmdk(source: &dyn Source, ids: &Ids) -> Result<Edits> {
     let header = read_vec(source, 0, source.len().min(SECTOR) as usize)?;
     if !header.starts_with(b"KDMV") || header.len() < SECTOR as usize {
         return Err(unsupported(
-            "this VMDK consists of several files, which its clone would share: \
-             use nodupe convert --format vmdk, which copies no data either",
+            "this is an extent of a VMDK, or its descriptor: neither is a disk alone",
         ));
     }
     let (at, len) = (get_u64(&header, 28), get_u64(&header, 36));
@@ -147,7 +147,52 @@ fn vmdk(source: &dyn Source, ids: &Ids) -> Result<Edits> {
         ));
     }
     let mut text = read_vec(source, at, len as usize)?;
-    if !replace(&mut text, "cid", &format!("{:08x}", ids.cid)) {
+    renew_text(&mut text, ids)?;
+    Ok(vec![(at, text)])
+}
+
+/// The descriptor of a copy of a VMDK of several files; `None` if the file is no descriptor.
+/// `rename` tells what the copy of a file of the disk is called.
+///
+/// # Errors
+/// `Corrupt`; `Unsupported`; `Io`; those of `rename`.
+pub fn renew_descriptor(
+    source: &dyn Source,
+    ids: &Ids,
+    rename: &mut dyn FnMut(&str) -> Result<String>,
+) -> Result<Option<Vec<u8>>> {
+    let head = read_vec(source, 0, source.len().min(SECTOR) as usize)?;
+    if !descriptor::is_descriptor(&head) || source.len() > descriptor::FILE_MAX {
+        return Ok(None);
+    }
+    let old = read_vec(source, 0, source.len() as usize)?;
+    Descriptor::parse(&old)?;
+    let old = String::from_utf8(old)
+        .map_err(|_| unsupported("the descriptor is not in UTF-8: convert the image instead"))?;
+    let mut text = String::with_capacity(old.len());
+    for line in old.split_inclusive('\n') {
+        let word = line.split_whitespace().next().unwrap_or_default();
+        let is_extent = ["RW", "RDONLY"]
+            .iter()
+            .any(|w| w.eq_ignore_ascii_case(word));
+        let mut quoted = line.splitn(3, '"');
+        match (quoted.next(), quoted.next(), quoted.next()) {
+            (Some(head), Some(name), Some(tail)) if is_extent => {
+                text.extend([head, "\"", &rename(name)?, "\"", tail]);
+            }
+            // Which blocks of the original changed says nothing about the copy.
+            _ if word.to_ascii_lowercase().starts_with("changetrackpath") => {}
+            _ => text.push_str(line),
+        }
+    }
+    let mut text = text.into_bytes();
+    renew_text(&mut text, ids)?;
+    Ok(Some(text))
+}
+
+/// Gives a descriptor new ids.
+fn renew_text(text: &mut [u8], ids: &Ids) -> Result<()> {
+    if !replace(text, "cid", &format!("{:08x}", ids.cid)) {
         return Err(broken("the descriptor has no CID"));
     }
     let uuid: String = ids
@@ -161,11 +206,11 @@ fn vmdk(source: &dyn Source, ids: &Ids) -> Result<Edits> {
         .map(|byte| format!("{byte:02x}"))
         .collect();
     let long = format!("{long}{:08x}", ids.cid);
-    replace(&mut text, "ddb.longcontentid", &long);
+    replace(text, "ddb.longcontentid", &long);
     for key in ["ddb.uuid", "ddb.uuid.image"] {
-        replace(&mut text, key, &uuid);
+        replace(text, key, &uuid);
     }
-    Ok(vec![(at, text)])
+    Ok(())
 }
 
 /// Replaces the hexadecimal digits of the value of `key` by those of `value`; whatever stands

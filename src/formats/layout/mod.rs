@@ -27,7 +27,7 @@ mod vhdx;
 mod vmdk;
 
 pub use held::{Held, Holes, Piece, Place};
-pub use identity::{Edits, renew};
+pub use identity::{Edits, renew, renew_descriptor};
 pub use stream::{Progress, compressed_qcow2, stream_optimized};
 
 const ALIGN: u64 = BLOCK_SIZE as u64;
@@ -179,6 +179,8 @@ pub struct Parent {
     pub absolute: Option<String>,
     /// Its identity; what has none is a raw or qcow2 file.
     pub identity: Option<Identity>,
+    /// Id of its last change, if its format has one: [`Facts::version`](super::Facts::version).
+    pub version: Option<Uuid>,
     /// Its format.
     pub format: Format,
 }

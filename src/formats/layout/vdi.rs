@@ -1,14 +1,15 @@
-//! Plans of VDI: fixed and dynamic. Little-endian.
+//! Plans of VDI: fixed, dynamic, differencing. Little-endian.
 //!
-//! Header, block map at 4 KiB, blocks without gaps from the next MiB on.
+//! Header, block map at 4 KiB, blocks without gaps from the next MiB on. A block of a differencing
+//! image is whole: what of it does not differ stands there as well.
 
 use super::{
     MIB, Map, Part, Plan, PlannedFile, SECTOR, Shape, Spec, all_blocks, blocks, contiguous, count,
     put, too_large,
 };
 use crate::error::Result;
-use crate::formats::unsupported;
 use crate::formats::vdi::MAGIC;
+use crate::formats::{Identity, unsupported};
 
 const BLOCK: u64 = MIB;
 const TABLE: u64 = 4096;
@@ -18,13 +19,9 @@ const VERSION: u32 = 0x0001_0001;
 const HEADER_LEN: u32 = 400;
 const DYNAMIC: u32 = 1;
 const STATIC: u32 = 2;
+const DIFFERENCING: u32 = 4;
 
 pub(super) fn plan(spec: &Spec, map: &dyn Map) -> Result<Plan> {
-    if spec.parent.is_some() {
-        return Err(unsupported(
-            "differencing VDIs are not made: choose vhd, vhdx, vmdk or qcow2",
-        ));
-    }
     let size = spec.size.next_multiple_of(SECTOR);
     let entries = size.div_ceil(BLOCK);
     if entries > BLOCKS_MAX {
@@ -32,6 +29,7 @@ pub(super) fn plan(spec: &Spec, map: &dyn Map) -> Result<Plan> {
     }
     let (kind, runs) = match spec.shape {
         Shape::VdiFixed => (STATIC, all_blocks(BLOCK, spec.size)),
+        _ if spec.parent.is_some() => (DIFFERENCING, blocks(map, BLOCK, spec.size)?),
         _ => (DYNAMIC, blocks(map, BLOCK, spec.size)?),
     };
     let data = (TABLE + entries * 4).next_multiple_of(MIB);
@@ -64,6 +62,17 @@ pub(super) fn plan(spec: &Spec, map: &dyn Map) -> Result<Plan> {
     put(&mut header, 368, &size.to_le_bytes());
     put(&mut header, 392, &spec.ids.uuid.to_guid());
     put(&mut header, 408, &spec.ids.others[0].to_guid());
+    if let Some(parent) = &spec.parent {
+        let Some(Identity::Uuid(uuid)) = parent.identity else {
+            return Err(unsupported(
+                "a differencing VDI needs a VDI as its parent, which has an id",
+            ));
+        };
+        // Its id is all that names it: the format has no place for a file name.
+        put(&mut header, 424, &uuid.to_guid());
+        let version = parent.version.unwrap_or_default();
+        put(&mut header, 440, &version.to_guid());
+    }
     let mut parts = vec![
         Part::Bytes {
             at: 0,

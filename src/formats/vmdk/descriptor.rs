@@ -12,7 +12,7 @@ use crate::error::Result;
 use crate::formats::{broken, unsupported};
 
 /// Longest descriptor file: 1 MiB.
-pub(super) const FILE_MAX: u64 = 1 << 20;
+pub(crate) const FILE_MAX: u64 = 1 << 20;
 /// Longest embedded descriptor: 64 KiB.
 pub(super) const EMBEDDED_MAX: u64 = 64 << 10;
 /// Most extents.
