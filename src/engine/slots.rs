@@ -112,7 +112,13 @@ impl Slots {
         }
         ends.sort_unstable();
         ends.dedup();
-        for end in ends.into_iter().rev() {
+        for end in ends.iter().rev() {
+            found.look_at_end(device, *end);
+        }
+        // On a device that is larger by one block one copy lies where the other would be.
+        let whole = found.copies.iter().filter_map(|(_, copy)| copy.whole());
+        let more: Vec<u64> = whole.map(|copy| copy.blocks).collect();
+        for end in more.into_iter().filter(|end| !ends.contains(end)) {
             found.look_at_end(device, end);
         }
         if found.newest_whole().is_none() {

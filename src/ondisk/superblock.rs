@@ -259,7 +259,7 @@ impl Superblock {
             && self.next_detached <= NUMBER_MAX
             && self.inodes <= NUMBER_MAX
             && self.generation < u64::MAX / 2
-            && self.journal_seq < u64::MAX / 2;
+            && (1..u64::MAX / 2).contains(&self.journal_seq);
         if fits {
             Ok(())
         } else {
