@@ -23,8 +23,9 @@ use super::pool::Pool;
 use super::space::Class;
 use super::stage::Staged;
 
-/// Blocks placed in one step: 4 MiB, one large write, and mapped under one hold of the trees.
-const STEP: usize = 1024;
+/// Blocks placed in one step, 1 MiB: one large write, mapped under one hold of the trees. Those who
+/// wait for room in the stage go on after each step, so that longer ones make them wait longer.
+const STEP: usize = 256;
 /// Leaves of a dead extent map that are freed under one hold of the trees.
 const REAP_STEP: usize = 32;
 

@@ -40,8 +40,9 @@ pub(crate) fn staged(bytes: &[u8]) -> Staged {
     if is_zero(bytes) {
         return Staged { data: None, crc: 0 };
     }
-    let mut page: Arc<Page> = Arc::new([0; BLOCK_SIZE]);
-    Arc::make_mut(&mut page).copy_from_slice(bytes);
+    // By way of a slice: an array would be cleared first, and moved.
+    let page: std::result::Result<Arc<Page>, _> = Arc::<[u8]>::from(bytes).try_into();
+    let page = page.unwrap_or_else(|_| panic!("a block is staged len={}", bytes.len()));
     Staged {
         crc: crc32c(&page[..]),
         data: Some(page),

@@ -7,10 +7,12 @@
 //! 2. Everything acknowledged and not yet durable is in `pending`, in order. A batch takes all
 //!    of it at once, so what a crash leaves is a prefix of what was acknowledged.
 //! 3. A block written twice before a batch is taken is queued once, with its newest bytes,
-//!    unless a record that is not a block came in between: order matters to those.
+//!    unless a record that is not a block came in between: order matters to those. (Or the stage
+//!    was frozen in between: then it is queued twice, in order.)
 //! 4. Each block in `active` or `frozen` holds a reservation of the space map.
 
-use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::collections::btree_map::Entry;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
 use crate::ondisk::Page;
@@ -42,6 +44,19 @@ impl Staged {
     }
 }
 
+/// A block in one half of the stage.
+#[derive(Debug)]
+struct Held {
+    staged: Staged,
+    /// The batch that it waits for, as [`Stage::batch`] counts, and its place in that queue.
+    /// `NO_BATCH`: nobody queued it.
+    batch: u64,
+    at: usize,
+}
+
+/// Of blocks that never were in a queue.
+const NO_BATCH: u64 = 0;
+
 /// Size and times of a file that is being written: newer than its inode record.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct FileAttr {
@@ -70,8 +85,8 @@ pub(crate) struct StageFile {
     pub(crate) unfolded: bool,
     /// The file is a clone in pieces.
     pub(crate) pinned: bool,
-    pub(crate) active: BTreeMap<u64, Staged>,
-    pub(crate) frozen: BTreeMap<u64, Staged>,
+    active: BTreeMap<u64, Held>,
+    frozen: BTreeMap<u64, Held>,
 }
 
 impl StageFile {
@@ -80,19 +95,20 @@ impl StageFile {
         let mut all: BTreeMap<u64, Staged> = self
             .frozen
             .range(from..to)
-            .map(|(at, staged)| (*at, staged.clone()))
+            .map(|(at, held)| (*at, held.staged.clone()))
             .collect();
         all.extend(
             self.active
                 .range(from..to)
-                .map(|(at, staged)| (*at, staged.clone())),
+                .map(|(at, held)| (*at, held.staged.clone())),
         );
         all
     }
 
     /// The newest staged contents of a block.
     pub(crate) fn newest(&self, block: u64) -> Option<&Staged> {
-        self.active.get(&block).or_else(|| self.frozen.get(&block))
+        let held = self.active.get(&block).or_else(|| self.frozen.get(&block));
+        held.map(|held| &held.staged)
     }
 
     /// Staged blocks, those in both halves counted twice.
@@ -149,8 +165,9 @@ pub(crate) const TOUCH_COST: usize = 64;
 pub(crate) struct Stage {
     files: BTreeMap<u64, StageFile>,
     pending: Vec<Pending>,
-    /// Where a block stands in `pending`.
-    index: HashMap<(u64, u64), usize>,
+    /// Counts the times that blocks lost their place in `pending`: what `Held` says of a place
+    /// holds for the same number only.
+    batch: u64,
     /// Upper bound of the bytes that `pending` takes in the journal.
     pending_bytes: usize,
     /// The work of replaying it; in replay, what extent maps add to that of the records.
@@ -177,7 +194,7 @@ impl Stage {
         Self {
             files: BTreeMap::new(),
             pending: Vec::new(),
-            index: HashMap::new(),
+            batch: NO_BATCH + 1,
             pending_bytes: 0,
             work: 0,
             touched: BTreeSet::new(),
@@ -260,21 +277,37 @@ impl Stage {
     /// given back if the block held one already.
     pub(crate) fn put(&mut self, ino: Ino, block: u64, staged: Staged) {
         let file = self.files.get_mut(&ino.0).expect("the entry was opened");
-        if file.active.insert(block, staged.clone()).is_some() {
-            self.counters.unreserve(1);
-        } else {
-            self.blocks += 1;
+        let (batch, at) = match self.replaying {
+            true => (NO_BATCH, 0),
+            false => (self.batch, self.pending.len()),
+        };
+        let mut waits = None;
+        match file.active.entry(block) {
+            Entry::Occupied(mut held) => {
+                self.counters.unreserve(1);
+                let held = held.get_mut();
+                held.staged = staged.clone();
+                if held.batch == batch {
+                    waits = Some(held.at);
+                } else {
+                    (held.batch, held.at) = (batch, at);
+                }
+            }
+            Entry::Vacant(place) => {
+                self.blocks += 1;
+                let staged = staged.clone();
+                place.insert(Held { staged, batch, at });
+            }
         }
         if self.replaying {
             return;
         }
         self.count_push();
         // I3: the newest bytes take the place of those that wait.
-        if let Some(&at) = self.index.get(&(ino.0, block)) {
+        if let Some(at) = waits {
             self.pending[at] = Pending::Block(ino, block, staged);
             return;
         }
-        self.index.insert((ino.0, block), self.pending.len());
         self.pending.push(Pending::Block(ino, block, staged));
         self.pending_bytes += BLOCK_COST;
         self.work += work::BLOCK;
@@ -286,7 +319,12 @@ impl Stage {
     pub(crate) fn put_shared(&mut self, ino: Ino, block: u64, staged: Staged) {
         let file = self.files.get_mut(&ino.0).expect("the entry was opened");
         self.counters.reserve_anyway(1);
-        if file.active.insert(block, staged).is_some() {
+        let held = Held {
+            staged,
+            batch: NO_BATCH,
+            at: 0,
+        };
+        if file.active.insert(block, held).is_some() {
             self.counters.unreserve(1);
         } else {
             self.blocks += 1;
@@ -299,7 +337,7 @@ impl Stage {
             return;
         }
         self.count_push();
-        self.index.clear(); // I3
+        self.batch += 1; // I3
         self.pending_bytes += record_cost(&record);
         self.work += work::of(&record);
         self.needs_flush |= matches!(record, Record::Map { .. });
@@ -343,7 +381,7 @@ impl Stage {
 
     /// Takes everything that waits.
     pub(crate) fn take(&mut self) -> Batch {
-        self.index.clear();
+        self.batch += 1;
         let bytes = std::mem::take(&mut self.pending_bytes);
         let touched = std::mem::take(&mut self.touched);
         let touches = touched.into_iter().filter_map(|ino| {
@@ -370,7 +408,7 @@ impl Stage {
     pub(crate) fn untake(&mut self, batch: Batch) {
         // What was queued meanwhile is newer. Where blocks stand in the queue is not known any
         // more, so that they may be queued twice: I3 saves space and time only.
-        self.index.clear();
+        self.batch += 1;
         let newer = std::mem::replace(&mut self.pending, batch.items);
         self.pending.extend(newer);
         for record in &batch.touches {
@@ -421,8 +459,8 @@ impl Stage {
                 file.frozen = std::mem::take(&mut file.active);
                 continue;
             }
-            for (block, staged) in std::mem::take(&mut file.active) {
-                if file.frozen.insert(block, staged).is_some() {
+            for (block, held) in std::mem::take(&mut file.active) {
+                if file.frozen.insert(block, held).is_some() {
                     replaced += 1;
                 }
             }
@@ -456,7 +494,7 @@ impl Stage {
         file.frozen
             .range(from..)
             .take(most)
-            .map(|(at, staged)| (*at, staged.clone()))
+            .map(|(at, held)| (*at, held.staged.clone()))
             .collect()
     }
 
@@ -466,7 +504,7 @@ impl Stage {
             .files
             .get(&ino.0)
             .and_then(|file| file.frozen.get(&block));
-        frozen.is_some_and(|frozen| frozen.same(staged))
+        frozen.is_some_and(|frozen| frozen.staged.same(staged))
     }
 
     /// A frozen block has its place now.
@@ -475,7 +513,7 @@ impl Stage {
             && file
                 .frozen
                 .get(&block)
-                .is_some_and(|frozen| frozen.same(staged))
+                .is_some_and(|frozen| frozen.staged.same(staged))
         {
             file.frozen.remove(&block);
             self.blocks -= 1;

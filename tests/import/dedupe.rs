@@ -98,6 +98,7 @@ fn images_that_were_made_independently_share_what_is_equal() {
     let file = File::options().write(true).open(&a).unwrap();
     file.write_all_at(&noise(77, 3 * BLOCK), 1 << 20).unwrap();
     file.sync_all().unwrap();
+    drop(file);
     assert!(contents(&b) == of_b);
     fs::remove_file(&a).unwrap();
     assert!(contents(&b) == of_b);
