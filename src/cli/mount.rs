@@ -21,6 +21,7 @@ use super::options::{self, Words};
 use super::output::{Output, show};
 use super::size;
 use super::umount;
+use super::unnamed;
 use super::warn::{self, MARKS_DEFAULT};
 
 /// Bound of the caches unless told otherwise.
@@ -133,7 +134,11 @@ pub(super) fn run(args: &Mount, output: Output) -> Result<()> {
     if args.is_service() {
         serve(args, &words, read_only, output)
     } else {
-        start(args)
+        start(args)?;
+        if !read_only {
+            unnamed::prime(&args.dir);
+        }
+        Ok(())
     }
 }
 

@@ -65,6 +65,14 @@ pub(super) fn copy_once(dir: &Path) -> Result<()> {
     Ok(())
 }
 
+/// As [`copy_once`], of a new mount. A pool that is full, or a directory that is somebody else's, goes
+/// without.
+pub(super) fn prime(dir: &Path) {
+    if let Err(error) = copy_once(dir) {
+        log::info!("no first copy in {}: {error}", dir.display());
+    }
+}
+
 /// Gives the contents of `file` the name `name` in `dir`. `preserve`: with its owner, mode and times.
 pub(super) fn publish(file: &File, dir: &Path, name: &str, preserve: bool) -> Result<()> {
     let into = File::open(dir)

@@ -522,3 +522,38 @@ fn a_read_only_mount_changes_nothing() {
         "{log}"
     );
 }
+
+/// A kernel that asks in a new way first must not take two refusals at once for a daemon that can
+/// copy in no way.
+#[test]
+fn copies_that_begin_together_in_a_new_mount_share() {
+    const COPIES: usize = 6;
+    if !can_mount("copies_that_begin_together_in_a_new_mount_share") {
+        return;
+    }
+    let (_sandbox, pool, dir) = mounted();
+    let gold = dir.join("gold.raw");
+    fs::write(&gold, sample(8 << 20)).unwrap();
+    let used = || {
+        File::open(&dir).unwrap().sync_all().unwrap();
+        let df = json(&run(&["df", text(&pool), "--json"]), &["pools"]);
+        df["pools"][0]["used"].as_u64().unwrap()
+    };
+    let before = used();
+    for round in 0..4 {
+        succeeds(&run(&["umount", text(&dir)]));
+        succeeds(&run(&["mount", text(&pool), text(&dir)]));
+        let start = std::sync::Barrier::new(COPIES);
+        thread::scope(|scope| {
+            for number in 0..COPIES {
+                let (start, gold, dir) = (&start, &gold, &dir);
+                scope.spawn(move || {
+                    start.wait();
+                    fs::copy(gold, dir.join(format!("{round}-{number}.raw"))).unwrap();
+                });
+            }
+        });
+        fs::copy(&gold, dir.join(format!("{round}-after.raw"))).unwrap();
+    }
+    assert!(used() < before + (4 << 20), "the copies took space");
+}
