@@ -261,7 +261,8 @@ impl ImageFile {
     }
 }
 
-/// A file in a pool, whose daemon knows which blocks are the same without reading them.
+/// A file in a pool, whose daemon knows which blocks are the same without reading them. That holds
+/// as long as what was read of the file does: until somebody writes it.
 #[derive(Debug)]
 struct Pooled {
     bytes: Arc<FileSource>,
