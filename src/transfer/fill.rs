@@ -212,8 +212,6 @@ impl Worker<'_> {
             self.read_old(at, count)?;
             let new = self.new.bytes_mut(count);
             new.copy_from_slice(self.old.bytes(count));
-        } else {
-            self.new.bytes_mut(count).fill(0);
         }
         let read = self.overlay(at, count)?;
         let (written, shared) = self.write(at, count)?;
@@ -246,7 +244,8 @@ impl Worker<'_> {
         Ok(())
     }
 
-    /// Puts the layer's own contents into the buffer. Neighbours are read in one go.
+    /// Puts the layer's own contents into the buffer, and zeros where neither it nor a parent has
+    /// any. Neighbours are read in one go.
     fn overlay(&mut self, at: u64, count: usize) -> Result<u64> {
         let (end, mut pos, mut read) = (at + count as u64, at, 0);
         let new = self.new.bytes_mut(count);
@@ -264,7 +263,7 @@ impl Worker<'_> {
                 let part = &mut new[start..start + one.len as usize];
                 self.layer.read(pos, part)?;
                 read += one.len;
-            } else if one.content == Content::Zero {
+            } else if one.content == Content::Zero || !self.over {
                 new[start..start + one.len as usize].fill(0);
             }
             pos += one.len;
