@@ -152,6 +152,34 @@ fn a_hundred_gibibytes_cost_a_few_mebibytes() {
 }
 
 #[test]
+fn a_bitmap_that_is_not_as_the_others_counts() {
+    let name = "a_bitmap_that_is_not_as_the_others_counts";
+    if let Some(why) = cannot_mount() {
+        return not_run(name, &why);
+    }
+    let store = Datastore::new("1G");
+    let dir = store.dir();
+    let (size, block) = (24 << 20, 2 << 20);
+    let mut bytes: Vec<u8> = (0..size).map(|at| (at / 4096 % 255 + 1) as u8).collect();
+    let (raw, vhd) = (dir.join("0.raw"), dir.join("0.vhd"));
+    fs::write(&raw, &bytes).unwrap();
+    convert(&raw, &vhd, &["--subformat", "dynamic"]);
+    let file = File::options().read(true).write(true).open(&vhd).unwrap();
+    for cut in [0, 7, 8, 11] {
+        // The first sector of the block is no more there, says its bitmap.
+        let at = (2 * 4096 - 512 + cut * (block + 4096)) as u64;
+        let mut bits = [0; 512];
+        file.read_exact_at(&mut bits, at).unwrap();
+        assert_eq!(bits, [0xff; 512]);
+        file.write_all_at(&[0x7f], at).unwrap();
+        bytes[cut * block..][..512].fill(0);
+        let to = dir.join(format!("to-{cut}.raw"));
+        convert(&vhd, &to, &[]);
+        assert!(contents(&to, Format::Raw) == bytes, "{cut}");
+    }
+}
+
+#[test]
 fn what_is_not_aligned_is_copied_and_told() {
     let name = "what_is_not_aligned_is_copied_and_told";
     if let Some(why) = cannot_mount() {

@@ -14,10 +14,10 @@ use std::ops::Range;
 use std::os::fd::AsFd;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
-use nodupe::control::{self, Look, Request, Response, Token};
+use nodupe::control::{self, EXTENTS_MAX, Look, Request, Response, Token};
 use nodupe::error::{Error, Kind, Result};
 use nodupe::formats::chain::Chain;
 use nodupe::formats::{FileSource, Format, Source, probe};
@@ -36,11 +36,10 @@ pub(super) struct ImageFile {
     pub(super) source: Arc<dyn Source>,
     /// Device of the file system: one mounted pool has one.
     pub(super) device: u64,
-    token: RefCell<Option<(Token, Instant)>>,
+    /// It is in a pool, whose daemon tells where data is.
+    pooled: Option<Arc<Pooled>>,
     /// What was told of its data: in blocks, of a file in a pool, else in bytes.
     told: RefCell<Told>,
-    /// It is in a pool, whose daemon tells where data is.
-    pooled: bool,
 }
 
 /// Where a file has data: the ranges within a part of it. A range is first and count in blocks, of
@@ -156,42 +155,42 @@ impl ImageFile {
         if !metadata.is_file() {
             return Err(refused("it is no regular file"));
         }
-        let source = Arc::new(FileSource::new(file.try_clone().map_err(failed)?)?);
-        let mut opened = Self {
+        let bytes = Arc::new(FileSource::new(file.try_clone().map_err(failed)?)?);
+        let pooled = Arc::new(Pooled {
+            bytes: bytes.clone(),
+            file: file.try_clone().map_err(failed)?,
+            token: Mutex::default(),
+        });
+        let is_pooled = pooled.token().is_ok();
+        Ok(Self {
             device: metadata.dev(),
             file,
-            source,
-            token: RefCell::default(),
+            source: match is_pooled {
+                true => pooled.clone(),
+                false => bytes,
+            },
+            pooled: is_pooled.then_some(pooled),
             told: RefCell::default(),
-            pooled: true,
-        };
-        opened.pooled = opened.token().is_ok();
-        Ok(opened)
+        })
     }
 
     /// True if it is in a mounted pool.
     pub(super) fn is_pooled(&self) -> bool {
-        self.pooled
+        self.pooled.is_some()
     }
 
     /// What names it to the daemon.
     pub(super) fn token(&self) -> Result<Token> {
-        let mut slot = self.token.borrow_mut();
-        if let Some((token, given)) = *slot
-            && given.elapsed() < TOKEN_AGE
-        {
-            return Ok(token);
-        }
-        let Response::Token(token) = control::call(self.file.as_fd(), &Request::Token)? else {
-            return Err(nonsense());
-        };
-        *slot = Some((token, Instant::now()));
-        Ok(token)
+        let pooled = self.pooled.as_ref();
+        pooled.map_or_else(
+            || Err(refused("it is in no mounted pool")),
+            |file| file.token(),
+        )
     }
 
     /// The first range with data within a range.
     fn data(&self, range: Range<u64>) -> Result<Option<Range<u64>>> {
-        let found = if self.pooled {
+        let found = if self.is_pooled() {
             self.data_in_pool(&range)?
         } else {
             self.data_by_seek(&range)?
@@ -259,6 +258,80 @@ impl ImageFile {
             from = told.within.end;
         }
         Ok(None)
+    }
+}
+
+/// A file in a pool, whose daemon knows which blocks are the same without reading them. That holds
+/// as long as what was read of the file does: until somebody writes it.
+#[derive(Debug)]
+struct Pooled {
+    bytes: Arc<FileSource>,
+    file: File,
+    /// One is used for all: a user has few, and a new one takes the place of the oldest.
+    token: Mutex<Option<(Token, Instant)>>,
+}
+
+impl Pooled {
+    fn token(&self) -> Result<Token> {
+        let mut slot = self.token.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some((token, given)) = *slot
+            && given.elapsed() < TOKEN_AGE
+        {
+            return Ok(token);
+        }
+        let Response::Token(token) = control::call(self.file.as_fd(), &Request::Token)? else {
+            return Err(nonsense());
+        };
+        *slot = Some((token, Instant::now()));
+        Ok(token)
+    }
+}
+
+impl Source for Pooled {
+    fn len(&self) -> u64 {
+        self.bytes.len()
+    }
+
+    fn read_at(&self, offset: u64, buf: &mut [u8]) -> Result<()> {
+        self.bytes.read_at(offset, buf)
+    }
+
+    fn data(&self, offset: u64, most: u64) -> Result<(bool, u64)> {
+        self.bytes.data(offset, most)
+    }
+
+    fn repeats(&self, offset: u64, len: u64, stride: u64) -> Result<u64> {
+        let (block, step) = (offset / B, stride / B);
+        let end = (self.len() / B).saturating_sub(step);
+        if !(offset.is_multiple_of(B) && stride.is_multiple_of(B))
+            || len != B
+            || step == 0
+            || block >= end
+        {
+            return Ok(0);
+        }
+        // As far as one answer can reach if all between the repetitions differs, as data does.
+        let most = step.saturating_mul(EXTENTS_MAX as u64);
+        let look = Look {
+            from: block,
+            to: end.min(block.saturating_add(most)),
+            other: Some((self.token()?, block + step)),
+        };
+        let Response::Extents(told) = control::call(self.file.as_fd(), &Request::Extents(look))?
+        else {
+            return Err(nonsense());
+        };
+        // Where the file is not what it is one step further.
+        let mut differing = told.ranges.iter().peekable();
+        let (mut at, mut count) = (block, 0);
+        while at < told.next {
+            while differing.next_if(|range| range.0 + range.1 <= at).is_some() {}
+            if differing.peek().is_some_and(|range| range.0 <= at) {
+                break;
+            }
+            (at, count) = (at + step, count + 1);
+        }
+        Ok(count)
     }
 }
 

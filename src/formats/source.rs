@@ -42,6 +42,15 @@ pub trait Source: Send + Sync + fmt::Debug {
     fn data(&self, _offset: u64, most: u64) -> Result<(bool, u64)> {
         Ok((true, most))
     }
+
+    /// How many times the `len` bytes at `offset` stand there again, each time `stride` bytes
+    /// further, as far as that is known without reading them. A source that does not know says 0.
+    ///
+    /// # Errors
+    /// `Io`.
+    fn repeats(&self, _offset: u64, _len: u64, _stride: u64) -> Result<u64> {
+        Ok(0)
+    }
 }
 
 /// An open file. Its length is that of the moment it was opened.
@@ -171,7 +180,7 @@ pub(crate) fn check_tables_apart(tables: &mut [(u64, u32)]) -> Result<()> {
 }
 
 /// Bytes of one page.
-const PAGE: u64 = 4096;
+pub(super) const PAGE: u64 = 4096;
 /// Pages kept: 1 MiB.
 const PAGES_MAX: NonZeroUsize = NonZeroUsize::new(256).expect("256 is not zero");
 

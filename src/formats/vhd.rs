@@ -11,12 +11,13 @@
 use std::sync::Arc;
 
 use super::bytes::{be16, be32, be64, utf16};
-use super::source::{check_range, read_vec};
+use super::source::{PAGE, check_range, read_vec};
 use super::{
     Content, Facts, Format, Identity, Layer, Pages, ParentRef, Run, Source, Uuid, broken,
     unsupported,
 };
 use crate::error::Result;
+use crate::sync::Mutex;
 use crate::units::SECTOR_SIZE;
 
 const SECTOR: u64 = SECTOR_SIZE as u64;
@@ -31,6 +32,8 @@ pub(crate) const DYNAMIC: u32 = 3;
 pub(crate) const DIFFERENCING: u32 = 4;
 /// Entry of a block that is not there.
 const UNUSED: u32 = u32::MAX;
+/// How often a source is asked in vain which bitmaps repeat.
+const MISSES_MAX: u32 = 16;
 /// Largest block that is read: 256 MiB, above what any product writes.
 const BLOCK_MAX: u64 = 256 << 20;
 /// Most blocks: a table of 64 MiB.
@@ -145,11 +148,37 @@ pub struct Vhd {
 #[derive(Debug)]
 struct Blocks {
     pages: Pages,
+    source: Arc<dyn Source>,
     table: u64,
+    /// Entries of the table that the disk needs.
+    entries: u64,
     block: u64,
     bitmap: u64,
+    full: Mutex<Full>,
     /// What a clear bit means.
     clear: Content,
+}
+
+/// Bitmaps that are known to have all bits set. Of a disk of 100 GiB there are 51,200, for each of
+/// which a file would be read; a pool has them all in one block.
+#[derive(Clone, Copy, Debug, Default)]
+struct Full {
+    /// Where the first one stands, and how far the next ones are from each other.
+    at: u64,
+    stride: u64,
+    /// How many follow the first.
+    count: u64,
+    /// How often nothing was known of the next ones.
+    misses: u32,
+}
+
+impl Full {
+    fn has(&self, at: u64) -> bool {
+        let Some(far) = at.checked_sub(self.at) else {
+            return false;
+        };
+        self.count > 0 && far % self.stride == 0 && far / self.stride <= self.count
+    }
 }
 
 impl Vhd {
@@ -269,10 +298,13 @@ fn open_blocks(
     ];
     check_blocks(&*source, table, needed, bitmap + block, end, &taken)?;
     Ok(Blocks {
-        pages: Pages::new(source),
+        pages: Pages::new(source.clone()),
+        source,
         table,
+        entries: needed,
         block,
         bitmap,
+        full: Mutex::new(Full::default()),
         clear: if differencing {
             Content::Absent
         } else {
@@ -378,7 +410,14 @@ impl Blocks {
         }
         let at = u64::from(start) * SECTOR;
         let (first, last) = (inside / SECTOR, (inside + most).div_ceil(SECTOR));
-        let (set, count) = self.bits(at, first, last)?;
+        let (set, count) = if self.full.lock().has(at) {
+            (true, last - first)
+        } else {
+            self.bits(at, first, last)?
+        };
+        if set && count == self.block / SECTOR {
+            self.look_ahead(index, at)?;
+        }
         let len = ((first + count) * SECTOR - inside).min(most);
         let content = if set {
             Content::Data {
@@ -391,6 +430,38 @@ impl Blocks {
         Ok(Run { len, content })
     }
 
+    /// Asks how many of the next bitmaps are the same as the one at `at`, of block `index`, which has
+    /// all bits set.
+    fn look_ahead(&self, index: u64, at: u64) -> Result<()> {
+        let page = at / PAGE * PAGE;
+        let mut full = *self.full.lock();
+        if full.misses >= MISSES_MAX || at + self.bitmap > page + PAGE || index + 1 >= self.entries
+        {
+            return Ok(());
+        }
+        let next = self.pages.u32_be(self.table + (index + 1) * 4)?;
+        let stride = (u64::from(next) * SECTOR).checked_sub(at);
+        let Some(stride) = stride.filter(|stride| next != UNUSED && *stride > 0) else {
+            return Ok(());
+        };
+        if full.has(at + stride) {
+            return Ok(());
+        }
+        match self.source.repeats(page, PAGE, stride)? {
+            0 => full.misses += 1,
+            count => {
+                full = Full {
+                    at,
+                    stride,
+                    count,
+                    misses: 0,
+                }
+            }
+        }
+        *self.full.lock() = full;
+        Ok(())
+    }
+
     /// The bit of sector `first`, and how many sectors up to `last` have the same.
     fn bits(&self, bitmap: u64, first: u64, last: u64) -> Result<(bool, u64)> {
         let mut value = None;
@@ -401,6 +472,10 @@ impl Blocks {
             let count = (last.div_ceil(8) - from).min(chunk.len() as u64) as usize;
             self.pages.read(bitmap + from, &mut chunk[..count])?;
             let end = last.min((from + count as u64) * 8);
+            let all = chunk[..count].iter().all(|bits| *bits == 0xff);
+            if all && value != Some(false) {
+                (value, sector) = (Some(true), end);
+            }
             while sector < end {
                 let bit = chunk[(sector / 8 - from) as usize] & 0x80 >> (sector % 8) != 0;
                 if *value.get_or_insert(bit) != bit {

@@ -282,6 +282,67 @@ fn a_disk_with_large_sectors_stays_one_as_vhdx() {
     assert!(contents(&Chain::new(vec![layer])) == bytes);
 }
 
+/// Knows which of its bytes repeat, and counts what is read.
+#[derive(Debug)]
+struct Knowing {
+    bytes: Vec<u8>,
+    reads: std::sync::atomic::AtomicU64,
+}
+
+impl crate::formats::Source for Knowing {
+    fn len(&self) -> u64 {
+        self.bytes.len() as u64
+    }
+
+    fn read_at(&self, offset: u64, buf: &mut [u8]) -> Result<()> {
+        self.reads
+            .fetch_add(1, std::sync::atomic::Ordering::Relaxed);
+        self.bytes.read_at(offset, buf)
+    }
+
+    fn repeats(&self, offset: u64, len: u64, stride: u64) -> Result<u64> {
+        let part = |at: u64| self.bytes.get(at as usize..(at + len) as usize);
+        let next = |n: &u64| part(offset + n * stride) == part(offset);
+        Ok((1..).take_while(next).count() as u64)
+    }
+}
+
+#[test]
+fn bitmaps_of_a_vhd_that_are_known_to_repeat_are_not_read() {
+    let dir = tempfile::tempdir().unwrap();
+    let (bytes, map) = disk(24 << 20, &[(0, 24 << 20)]);
+    let spec = spec(Shape::VhdDynamic, 24 << 20, "a.vhd");
+    let path = lay_out(dir.path(), &spec, &bytes, &map);
+    let look = |cut: Option<usize>| {
+        let mut bytes = std::fs::read(&path).unwrap();
+        if let Some(block) = cut {
+            // Its first sector: the bitmaps before it, and behind it, say what they did.
+            let at = 2 * 4096 - 512 + block * ((2 << 20) + 4096);
+            assert_eq!(bytes[at..at + 512], [0xff; 512]);
+            bytes[at] = 0x7f;
+        }
+        let source = Arc::new(Knowing {
+            bytes,
+            reads: Default::default(),
+        });
+        let open = &mut |_: &str| unreachable!();
+        let layer = probe::open(source.clone(), Format::Vhd, open).unwrap();
+        let read = contents(&Chain::new(vec![layer]));
+        (
+            read,
+            source.reads.load(std::sync::atomic::Ordering::Relaxed),
+        )
+    };
+    let (whole, reads) = look(None);
+    assert!(whole == bytes);
+    let mut expected = bytes;
+    expected[7 * (2 << 20)..][..512].fill(0);
+    let (cut, more) = look(Some(7));
+    assert!(cut == expected, "the bit that is clear");
+    // One bitmap for all; and three more: before the gap, in it, behind it.
+    assert!(more <= reads + 3, "{reads} {more}");
+}
+
 #[test]
 fn images_of_differences_hold_what_differs() {
     let dir = tempfile::tempdir().unwrap();
