@@ -23,7 +23,6 @@ use super::failure::{Failure, Result};
 use super::logging;
 use super::options::Words;
 use super::output::show;
-use super::unnamed;
 use super::warn::Watch;
 
 /// Lower is spared longer when memory runs out; -1000 would mean never.
@@ -178,9 +177,6 @@ impl Service {
             let told = self.tell_ready();
             log::info!("{name}: mounted on {dir}");
             watch_space(pool, plan);
-            if self.foreground && !plan.read_only {
-                make_first_copy(&plan.dir);
-            }
             if let Err(error) = told {
                 log::warn!("nobody waits for the mount any more: {error}");
             }
@@ -222,16 +218,6 @@ impl Service {
             Some(mut ready) => ready.write_all(b"+"),
             None => Ok(()),
         }
-    }
-}
-
-/// Makes the first copy as soon as requests are answered. In the background, who waits for the mount
-/// makes it.
-fn make_first_copy(dir: &Path) {
-    let dir = dir.to_owned();
-    let copy = move || unnamed::prime(&dir);
-    if let Err(error) = thread::Builder::new().name("first-copy".into()).spawn(copy) {
-        log::warn!("no first copy: {error}");
     }
 }
 

@@ -66,7 +66,7 @@ pub(super) fn copy_once(dir: &Path) -> Result<()> {
 }
 
 /// As [`copy_once`], of a new mount. A pool that is full, or a directory that is somebody else's, goes
-/// without.
+/// without. Never in the daemon: if it is killed meanwhile, its end waits for its own answer.
 pub(super) fn prime(dir: &Path) {
     if let Err(error) = copy_once(dir) {
         log::info!("no first copy in {}: {error}", dir.display());

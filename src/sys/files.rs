@@ -143,6 +143,20 @@ pub fn create_new(path: &Path, mode: u32, direct: bool) -> io::Result<File> {
         .open(path)
 }
 
+/// Tells the kernel that a file will be read in order, so that it reads further ahead. Only advice:
+/// nothing depends on it.
+pub fn expect_sequential(file: &File) {
+    // SAFETY: the descriptor is open for the call, which takes no memory.
+    let refused =
+        unsafe { libc::posix_fadvise(file.as_raw_fd(), 0, 0, libc::POSIX_FADV_SEQUENTIAL) };
+    if refused != 0 {
+        log::debug!(
+            "no more read-ahead: {}",
+            io::Error::from_raw_os_error(refused)
+        );
+    }
+}
+
 /// Where the next data of a file begins, from `offset` on; `None` if there is none.
 ///
 /// # Errors

@@ -5,6 +5,9 @@
 //!
 //! 1. Memory is bounded: each worker has two buffers of [`WINDOW`] bytes.
 //! 2. Ranges that are zero become holes, whether a map, a hole of the source or the bytes say so.
+//! 3. Buffers begin at a page: a write of [`WINDOW`] bytes past the page cache is then one request
+//!    of whole blocks. From anywhere else it touches one page more than a request may have, and the
+//!    kernel divides it in the middle of a block.
 
 use std::fs::File;
 use std::os::unix::fs::FileExt;
@@ -13,6 +16,7 @@ use crate::error::{Error, Result};
 use crate::formats::{Content, Layer, Run};
 use crate::sync::Mutex;
 use crate::sys::files;
+use crate::sys::memory::Aligned;
 
 use super::twins::Twin;
 
@@ -20,6 +24,8 @@ use super::twins::Twin;
 pub(super) const WINDOW: u64 = 1 << 20;
 /// Unit in which the file is compared and written: a block of the pool.
 const BLOCK: usize = 4096;
+/// A block without data.
+static ZEROS: [u8; BLOCK] = [0; BLOCK];
 
 /// What was done.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -152,8 +158,8 @@ pub fn fill(
             file,
             over,
             twin,
-            new: vec![0; WINDOW as usize],
-            old: vec![0; if over { WINDOW as usize } else { 0 }],
+            new: Aligned::new(WINDOW as usize),
+            old: Aligned::new(if over { WINDOW as usize } else { 0 }),
         };
         while failure.lock().is_none() {
             let piece = cursor.lock().next();
@@ -194,8 +200,8 @@ struct Worker<'a> {
     file: &'a File,
     over: bool,
     twin: Option<&'a Twin<'a>>,
-    new: Vec<u8>,
-    old: Vec<u8>,
+    new: Aligned,
+    old: Aligned,
 }
 
 impl Worker<'_> {
@@ -204,9 +210,8 @@ impl Worker<'_> {
         let count = len as usize;
         if self.over {
             self.read_old(at, count)?;
-            self.new[..count].copy_from_slice(&self.old[..count]);
-        } else {
-            self.new[..count].fill(0);
+            let new = self.new.bytes_mut(count);
+            new.copy_from_slice(self.old.bytes(count));
         }
         let read = self.overlay(at, count)?;
         let (written, shared) = self.write(at, count)?;
@@ -222,10 +227,11 @@ impl Worker<'_> {
         let mut done = 0;
         // Whole blocks are asked for: direct reads take nothing else.
         let wanted = count.next_multiple_of(BLOCK).min(self.old.len());
+        let old = self.old.bytes_mut(wanted);
         while done < count {
             let got = self
                 .file
-                .read_at(&mut self.old[done..wanted], at + done as u64)
+                .read_at(&mut old[done..], at + done as u64)
                 .map_err(|source| Error::io("cannot read the parent's contents", source))?;
             if got == 0 {
                 break;
@@ -233,14 +239,16 @@ impl Worker<'_> {
             done += got;
         }
         if done < count {
-            self.old[done..count].fill(0);
+            old[done..count].fill(0);
         }
         Ok(())
     }
 
-    /// Puts the layer's own contents into the buffer. Neighbours are read in one go.
+    /// Puts the layer's own contents into the buffer, and zeros where neither it nor a parent has
+    /// any. Neighbours are read in one go.
     fn overlay(&mut self, at: u64, count: usize) -> Result<u64> {
         let (end, mut pos, mut read) = (at + count as u64, at, 0);
+        let new = self.new.bytes_mut(count);
         while pos < end {
             let mut one = run(self.layer, pos, end - pos)?;
             let start = (pos - at) as usize;
@@ -252,11 +260,11 @@ impl Worker<'_> {
                     }
                     one.len += next.len;
                 }
-                let part = &mut self.new[start..start + one.len as usize];
+                let part = &mut new[start..start + one.len as usize];
                 self.layer.read(pos, part)?;
                 read += one.len;
-            } else if one.content == Content::Zero {
-                self.new[start..start + one.len as usize].fill(0);
+            } else if one.content == Content::Zero || !self.over {
+                new[start..start + one.len as usize].fill(0);
             }
             pos += one.len;
         }
@@ -266,17 +274,18 @@ impl Worker<'_> {
     /// Writes the blocks that differ from what the file has, and returns how many bytes; and how
     /// many were shared instead.
     fn write(&self, at: u64, count: usize) -> Result<(u64, u64)> {
+        let new = self.new.bytes(count);
         let same = |from: usize| {
             let to = (from + BLOCK).min(count);
             if self.over {
-                self.new[from..to] == self.old[from..to]
+                new[from..to] == self.old.bytes(count)[from..to]
             } else {
-                self.new[from..to].iter().all(|byte| *byte == 0)
+                new[from..to] == ZEROS[..to - from]
             }
         };
         let mut wanted: Vec<bool> = (0..count).step_by(BLOCK).map(|from| !same(from)).collect();
         let shared = match self.twin {
-            Some(twin) => twin.share(self.file, at, &self.new[..count], &mut wanted)?,
+            Some(twin) => twin.share(self.file, at, new, &mut wanted)?,
             None => 0,
         };
         let (mut written, mut i) = (0, 0);
@@ -285,14 +294,14 @@ impl Worker<'_> {
             if run > 0 {
                 let (from, to) = (i * BLOCK, ((i + run) * BLOCK).min(count));
                 self.file
-                    .write_all_at(&self.new[from..to], at + from as u64)
+                    .write_all_at(&new[from..to], at + from as u64)
                     .map_err(cannot_write)?;
                 written += (to - from) as u64;
             }
             i += run.max(1);
         }
         if let Some(twin) = self.twin {
-            twin.note(at, &self.new[..count]);
+            twin.note(at, new);
         }
         Ok((written, shared))
     }

@@ -17,6 +17,7 @@ use super::roots::{FileId, Roots, Spot, file_id};
 use crate::error::{Error, Kind, Result};
 use crate::formats::qcow2::Qcow2;
 use crate::formats::{Facts, FileSource, Format, Layer, Source, ova, probe};
+use crate::sys::files;
 
 /// Most entries of a directory tree.
 const ENTRIES_MAX: usize = 1_000_000;
@@ -464,7 +465,10 @@ impl Library {
     /// # Errors
     /// `Busy` if the file was replaced since it was looked at; as the format's own.
     pub fn layer(&self, index: usize) -> Result<Box<dyn Layer>> {
-        self.layer_through(index, &mut |file| Ok(Arc::new(FileSource::new(file)?)))
+        self.layer_through(index, &mut |file| {
+            files::expect_sequential(&file);
+            Ok(Arc::new(FileSource::new(file)?))
+        })
     }
 
     /// As [`layer`](Self::layer), with its files read by what `through` makes of each.
