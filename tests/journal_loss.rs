@@ -289,6 +289,49 @@ impl BlockDevice for Reads {
 }
 
 #[test]
+fn an_old_copy_that_says_clean_does_not_hide_a_loss() {
+    let (device, pool) = new_pool(&TINY, 9).expect("a pool is made");
+    create(&pool, "file");
+    pool.close().expect("the device is sound");
+    drop(pool);
+    // What is left later: no slot, copies as old as this, because the host had no space for newer
+    // ones, and a ring that went round since.
+    let old = device.crash_all();
+    let pool = open(&device, TINY.cache_size).expect("the pool is whole");
+    let blocks = TINY.journal_size / BLOCK;
+    let (mut batches_written, mut checkpoints) = (0, 0);
+    while batches_written < blocks || checkpoints < 3 {
+        create(&pool, &format!("{batches_written}"));
+        pool.sync().expect("the device is sound");
+        batches_written += 1;
+        if batches_written % (blocks / 8) == 0 {
+            pool.checkpoint().expect("the device is sound");
+            checkpoints += 1;
+        }
+    }
+    create(&pool, "last");
+    pool.sync().expect("the device is sound");
+    let newer = device.crash_none();
+    let mut bytes = vec![0; BLOCK as usize];
+    for block in HEAD_BLOCKS..HEAD_BLOCKS + blocks {
+        let read = newer.read_at(block * BLOCK, &mut bytes);
+        read.expect("a sound device reads");
+        old.write_at(block * BLOCK, &bytes).expect("in range");
+    }
+    let zeros = [0; BLOCK as usize];
+    for slot in [0, 1] {
+        old.write_at(slot * BLOCK, &zeros).expect("in range");
+    }
+    let old = Arc::new(old);
+    // A refused open must not leave a slot behind that looks like the newest one.
+    for _ in 0..2 {
+        let error = open(&old, TINY.cache_size).expect_err("acknowledged writes are gone");
+        let text = error.to_string();
+        assert!(text.contains("lost acknowledged writes"), "{text}");
+    }
+}
+
+#[test]
 fn the_ring_of_a_clean_pool_is_not_searched() {
     const LARGE: Geometry = Geometry {
         pool_size: 256 * 1024 * 1024,

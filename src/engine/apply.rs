@@ -329,8 +329,8 @@ fn create(meta: &mut Meta, record: &Record) -> Result<()> {
         origin_generation: 0,
         origin_time: Time::default(),
     };
-    // Numbers from the next one on are free.
-    if ino.0 < meta.next_ino && meta.has_inode(*ino)? {
+    // Numbers from the next one on are free, if it is known which one that is.
+    if !(meta.numbers_known && ino.0 >= meta.next_ino) && meta.has_inode(*ino)? {
         return Err(Error::corrupt(format!(
             "an inode that is created exists: ino={ino}"
         )));

@@ -81,7 +81,7 @@ impl Pool {
             Ok(()) => self.commit_waiting(),
             // No checkpoint was tried.
             Err(error) if matches!(error.kind(), Kind::Invalid | Kind::TooLarge) => {}
-            Err(error) => self.commit_failed(error),
+            Err(error) => self.checkpoint_failed(error),
         }
         if done.is_ok() && !self.is_threaded() {
             while self.discard_some()? {}

@@ -39,6 +39,17 @@ enum Round {
     Full,
 }
 
+/// Which bounds of the journal a round keeps.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Bounds {
+    /// All: beyond them a checkpoint comes first.
+    All,
+    /// That of its bytes: there is no checkpoint to wait for.
+    Bytes,
+    /// None but its size: the round is the cut of a checkpoint.
+    Cut,
+}
+
 impl Pool {
     /// Makes everything acknowledged so far durable: group commit of the journal.
     ///
@@ -89,7 +100,7 @@ impl Pool {
     /// Works as the leader until nobody waits any more, or a checkpoint wants to lead.
     fn lead(&self) {
         loop {
-            match self.commit_round(false) {
+            match self.commit_round(Bounds::All) {
                 Ok(Round::Durable(upto)) => {
                     let (ready, more) = self.answer(upto, true);
                     ready.into_iter().for_each(|done| done(Ok(())));
@@ -112,15 +123,15 @@ impl Pool {
     }
 
     /// Takes a batch and appends it. The caller leads.
-    fn commit_round(&self, checkpoint: bool) -> Result<Round> {
+    fn commit_round(&self, bounds: Bounds) -> Result<Round> {
         self.check_poison()?;
         let mut journal = self.journal.lock();
         let mut stage = self.stage.lock();
-        if !stage.is_clean() && !self.has_room(&journal, &stage, checkpoint) {
+        if !stage.is_clean() && !self.has_room(&journal, &stage, bounds) {
             return Ok(Round::Full);
         }
         let batch = stage.take();
-        if checkpoint {
+        if bounds == Bounds::Cut {
             // The cut: everything up to here is in this checkpoint, nothing behind it.
             stage.freeze(None);
             stage.cut_attrs();
@@ -152,11 +163,13 @@ impl Pool {
     }
 
     /// True if what is queued may go to the journal.
-    fn has_room(&self, journal: &Journal, stage: &Stage, checkpoint: bool) -> bool {
+    fn has_room(&self, journal: &Journal, stage: &Stage, bounds: Bounds) -> bool {
         // I5 of the journal. A checkpoint comes first: its cut keeps what is queued.
-        let may_write = !self.is_clean() && journal.fits(stage.pending_bytes(), checkpoint);
+        let fits = journal.fits(stage.pending_bytes(), bounds == Bounds::Cut);
+        let may_write = !self.is_clean() && fits;
         // Where the host lets no checkpoint through, deleting may go on as long as there is room.
-        let in_time = || checkpoint || self.is_host_full() || journal.has_time(stage.work);
+        let is_refused = || self.is_host_full() || self.is_host_pressed();
+        let in_time = || bounds != Bounds::All || journal.has_time(stage.work) || is_refused();
         may_write && in_time()
     }
 
@@ -209,7 +222,7 @@ impl Pool {
         self.check_poison()?;
         let mut journal = self.journal.lock();
         let mut stage = self.stage.lock();
-        let room = self.has_room(&journal, &stage, false);
+        let room = self.has_room(&journal, &stage, Bounds::All);
         // With a batch that is not durable in the ring it would wait for a sync: it was no use.
         if stage.is_clean() || stage.needs_flush() || journal.is_unsynced() || !room {
             return Ok(());
@@ -295,7 +308,7 @@ impl Pool {
         state.leader = true;
         state.cutting = false;
         drop(state);
-        match self.commit_round(true) {
+        match self.commit_round(Bounds::Cut) {
             Ok(Round::Durable(upto)) => {
                 // Position before anybody else can lead: what follows belongs to the next one.
                 let (seq, pos) = self.journal.lock().position();
@@ -370,7 +383,7 @@ impl Pool {
         }
         state.leader = true;
         drop(state);
-        match self.commit_round(false) {
+        match self.commit_round(Bounds::Bytes) {
             Ok(Round::Durable(upto)) => {
                 let (ready, _) = self.answer(upto, true);
                 ready.into_iter().for_each(|done| done(Ok(())));
@@ -397,6 +410,33 @@ impl Pool {
         state.leader = true;
         drop(state);
         self.lead();
+    }
+
+    /// Answers those who wait for a checkpoint that failed. If only the host had no space for it,
+    /// they may have waited for the time that a replay takes, and the ring has room for them.
+    pub(crate) fn checkpoint_failed(&self, error: &Error) {
+        if error.kind() != Kind::NoSpace {
+            return self.commit_failed(error);
+        }
+        let mut state = self.commit.state.lock();
+        if state.leader || state.cutting || state.waiters.is_empty() {
+            return; // as for `commit_waiting`
+        }
+        state.leader = true;
+        drop(state);
+        loop {
+            match self.commit_round(Bounds::Bytes) {
+                Ok(Round::Durable(upto)) => {
+                    let (ready, more) = self.answer(upto, true);
+                    ready.into_iter().for_each(|done| done(Ok(())));
+                    if !more {
+                        return;
+                    }
+                }
+                Ok(Round::Full) => return self.fail_waiters(error),
+                Err(error) => return self.fail_waiters(&error),
+            }
+        }
     }
 
     /// Answers those who wait when the pool was poisoned, or a checkpoint failed, elsewhere.

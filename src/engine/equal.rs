@@ -11,6 +11,9 @@
 //! 2. Blocks are compared by their places, without locks. They are shared under the locks, and
 //!    only where both maps still lead there and nothing is staged over it.
 //! 3. Locks are held for at most [`STEP_BLOCKS`] blocks, and so many are in memory of each side.
+//! 4. Nothing is read of the device under the lock of the stage, but for sharing. So what is staged
+//!    is looked at before the maps: what gets its place in between is left out, and what is staged
+//!    in between is seen by point 2.
 
 use std::collections::BTreeMap;
 use std::ops::ControlFlow;
@@ -18,13 +21,13 @@ use std::ops::ControlFlow;
 use crate::error::{Error, Kind, Result};
 use crate::units::{BLOCK_SIZE, Ino};
 
-use super::apply::{blocks_of, load};
+use super::apply::blocks_of;
 use super::extents::Mapped;
 use super::file::Attempt;
 use super::meta::Meta;
 use super::pool::Pool;
 use super::share::{STEP_EXTENTS, Share};
-use super::stage::Stage;
+use super::stage::{FileAttr, Stage};
 
 /// Blocks that are compared and shared at a time: 1 MiB of each file.
 pub(crate) const STEP_BLOCKS: u64 = 256;
@@ -101,8 +104,9 @@ impl Pool {
         if from == 0 && self.check_writable().is_ok() {
             self.place_all(ino)?;
         }
+        let staged = Over::of(&self.stage.lock(), ino, 0, 0); // I4
         let meta = self.meta.read();
-        let size = load(&meta, &self.stage.lock(), ino)?.size;
+        let size = staged.size(&meta, ino)?;
         let end = to.min(blocks_of(size));
         let mut left = sums_max.unwrap_or(u64::MAX);
         let mut found = Places {
@@ -220,7 +224,8 @@ impl Pool {
         equal: &mut Equal,
     ) -> Result<Attempt<()>> {
         self.with_files(src, dst, |meta, stage, _| {
-            let now = differing_places(meta, stage, src, dst, step)?;
+            let over = Over::of_both(stage, src, dst, step);
+            let now = differing_places(meta, &over, src, dst, step)?;
             let mut still = pairs.into_iter().filter(|pair| {
                 let found = now.binary_search_by_key(&pair.i, |now| now.i);
                 found.is_ok_and(|found| now[found] == *pair) // I2
@@ -259,10 +264,9 @@ impl Pool {
     fn compare(&self, src: Ino, dst: Ino, step: &Share, equal: &mut Equal) -> Result<Vec<Pair>> {
         let _pin = self.readers.pin(); // I1
         let (pairs, sums) = {
+            let over = Over::of_both(&self.stage.lock(), src, dst, step); // I4
             let meta = self.meta.read();
-            let stage = self.stage.lock();
-            let pairs = differing_places(&meta, &stage, src, dst, step)?;
-            drop(stage);
+            let pairs = differing_places(&meta, &over, src, dst, step)?;
             let mut blocks: Vec<u64> = pairs.iter().flat_map(|pair| [pair.from, pair.to]).collect();
             blocks.sort_unstable();
             blocks.dedup();
@@ -308,16 +312,46 @@ impl Pool {
     }
 }
 
+/// What is staged over a range of a file.
+struct Over {
+    attr: Option<FileAttr>,
+    blocks: Vec<u64>,
+}
+
+impl Over {
+    fn of(stage: &Stage, ino: Ino, block: u64, count: u64) -> Self {
+        let file = stage.file(ino);
+        let blocks = file.map(|file| file.range(block, block + count));
+        Self {
+            attr: file.map(|file| file.attr),
+            blocks: blocks.unwrap_or_default().into_keys().collect(),
+        }
+    }
+
+    fn of_both(stage: &Stage, src: Ino, dst: Ino, step: &Share) -> [Self; 2] {
+        [
+            Self::of(stage, src, step.block, step.count),
+            Self::of(stage, dst, step.dst_block, step.count),
+        ]
+    }
+
+    /// The size of the file, in bytes.
+    fn size(&self, meta: &Meta, ino: Ino) -> Result<u64> {
+        let inode = meta.inode(ino)?;
+        Ok(self.attr.map_or(inode.size, |attr| attr.size))
+    }
+}
+
 /// Blocks of a step that both files have, in different places.
 fn differing_places(
     meta: &Meta,
-    stage: &Stage,
+    [over_src, over_dst]: &[Over; 2],
     src: Ino,
     dst: Ino,
     step: &Share,
 ) -> Result<Vec<Pair>> {
-    let from = places_of(meta, stage, src, step.block, step.count)?;
-    let to = places_of(meta, stage, dst, step.dst_block, step.count)?;
+    let from = places_of(meta, over_src, src, step.block, step.count)?;
+    let to = places_of(meta, over_dst, dst, step.dst_block, step.count)?;
     let pair = |(i, from, to): (u64, &Option<u64>, &Option<u64>)| {
         let (from, to) = ((*from)?, (*to)?);
         (from != to).then_some(Pair { i, from, to })
@@ -331,16 +365,16 @@ fn differing_places(
 /// The place of each of `count` blocks of a file, if it has one and nothing is staged over it.
 fn places_of(
     meta: &Meta,
-    stage: &Stage,
+    over: &Over,
     ino: Ino,
     block: u64,
     count: u64,
 ) -> Result<Vec<Option<u64>>> {
-    let inode = load(meta, stage, ino)?;
+    let size = over.size(meta, ino)?;
     let root = meta.file(ino)?.root;
     let mut places = vec![None; count as usize];
     // What a clone in pieces does not show yet is not looked at.
-    let end = (block + count).min(blocks_of(inode.size)).max(block);
+    let end = (block + count).min(blocks_of(size)).max(block);
     meta.mapped(root, block, end, &mut |part: Mapped| {
         if !part.extent.is_lost() {
             for i in 0..u64::from(part.extent.len) {
@@ -349,10 +383,8 @@ fn places_of(
         }
         ControlFlow::Continue(())
     })?;
-    if let Some(file) = stage.file(ino) {
-        for at in file.range(block, block + count).into_keys() {
-            places[(at - block) as usize] = None;
-        }
+    for at in &over.blocks {
+        places[(at - block) as usize] = None;
     }
     Ok(places)
 }

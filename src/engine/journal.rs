@@ -10,7 +10,8 @@
 //! 3. A batch never overwrites one that a checkpoint has not made obsolete.
 //! 4. A part of the ring is kept for the batch that a checkpoint itself writes.
 //! 5. No batch is written behind a superblock that says that the pool was closed cleanly
-//!    (`commit.rs`). So if none follows a clean one, none was lost, and nobody needs to search.
+//!    (`commit.rs`). So if none follows a clean one, none was lost, and nobody needs to search; but for a
+//!    clean one from a copy, which may be older than what is gone.
 
 use std::collections::VecDeque;
 use std::sync::Arc;

@@ -87,6 +87,8 @@ pub(crate) struct Meta {
     pub(crate) groups: Root,
     pub(crate) next_ino: u64,
     pub(crate) next_detached: u64,
+    /// Both of these are known to lie behind all numbers in use.
+    pub(crate) numbers_known: bool,
     pub(crate) inodes: u64,
     pub(crate) logical: u64,
     pub(crate) hash_key: [u8; 16],
@@ -117,6 +119,7 @@ impl Meta {
             groups: sb.groups,
             next_ino: sb.next_ino,
             next_detached: sb.next_detached,
+            numbers_known: false,
             inodes: sb.inodes,
             logical: sb.logical,
             hash_key: sb.hash_key,

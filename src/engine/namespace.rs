@@ -115,10 +115,12 @@ impl Meta {
     /// # Errors
     /// `Corrupt` if there is no number left.
     pub(crate) fn skip_taken_numbers(&mut self) -> Result<()> {
-        let last = |at: u128| match self.floor(self.namespace, TreeKind::Namespace, at) {
+        let mut known = true;
+        let mut last = |at: u128| match self.floor(self.namespace, TreeKind::Namespace, at) {
             Ok(found) => found.map(|(key, _)| split_key(key)),
-            // The number is looked at again before it is used; what can be read must open.
+            // That of an inode is looked at again before it is used; what can be read must open.
             Err(error) => {
+                known = false;
                 log::warn!("the last numbers in use are not known: {error}");
                 None
             }
@@ -132,6 +134,7 @@ impl Meta {
         }
         self.next_ino = self.next_ino.max(ino + 1);
         self.next_detached = self.next_detached.max(detached + 1);
+        self.numbers_known = known;
         Ok(())
     }
 
@@ -529,5 +532,46 @@ impl Meta {
             found.push((name.to_vec(), value.to_vec()));
         }
         Ok(found)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Arc;
+
+    use crate::device::SimDevice;
+    use crate::engine::{CreateOptions, FileKind, NewNode, OpenOptions, Pool};
+    use crate::units::{Ino, Time};
+
+    #[test]
+    fn a_number_that_may_be_taken_is_looked_at_before_it_is_used() {
+        let device = Arc::new(SimDevice::new(12 * 1024 * 1024, 1));
+        let options = CreateOptions {
+            journal_size: Some(1024 * 1024),
+            uuid: [1; 16],
+            hash_key: [2; 16],
+            uid: 0,
+            gid: 0,
+            time: Time::default(),
+        };
+        Pool::create(device.clone(), None, &options).expect("there is room");
+        let pool = Pool::open(device, None, &OpenOptions::default()).expect("a new pool opens");
+        let node = NewNode {
+            kind: FileKind::Regular,
+            mode: 0o600,
+            uid: 0,
+            gid: 0,
+            rdev: 0,
+            target: b"",
+        };
+        let create = |name| pool.create_node(Ino::ROOT, name, &node, Time::default());
+        let made = create(b"a").expect("there is room");
+        assert!(pool.meta.read().numbers_known);
+        // As behind a superblock that lies, where the last number in use cannot be read.
+        pool.meta.write().numbers_known = false;
+        pool.meta.write().next_ino = made.ino.0;
+        create(b"b").expect_err("it would take the inode of another file");
+        let found = pool.lookup(Ino::ROOT, b"a").expect("it is still there");
+        assert_eq!(found.ino, made.ino);
     }
 }

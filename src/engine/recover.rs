@@ -26,7 +26,7 @@ use super::meta::Meta;
 use super::nodes::NodeCache;
 use super::pool::{Pool, info_of};
 use super::replay::tolerate_full_host;
-use super::slots::{SEARCH_AT_OPEN, Slots, heal, superblock_places};
+use super::slots::{SEARCH_AT_OPEN, Slots, heal, is_in_slot, superblock_places};
 use super::types::{CreateOptions, OpenOptions, PoolInfo};
 
 const B: u64 = BLOCK_SIZE as u64;
@@ -146,11 +146,9 @@ impl Pool {
         }
         let ring = || Journal::new(ring_device.clone(), &superblock);
         let scout = ring();
+        let in_slot = is_in_slot(&*device, &superblock);
         let pool = Self::assemble(device, ring(), meta, superblock.clone(), options);
-        if !options.read_only {
-            *pool.stale_copies.lock() = heal(&*pool.device, &superblock)?;
-        }
-        let replayed = pool.replay(scout).map_err(contradiction)?;
+        let replayed = pool.replay(scout, in_slot).map_err(contradiction)?;
         if !options.read_only {
             pool.keep_home_or_warn();
             if pool.is_clean() {
@@ -174,9 +172,10 @@ impl Pool {
     }
 
     /// Fails if the journal lost what was acknowledged. A read-only pool says so and shows the
-    /// state before that, so that files can be rescued.
-    pub(crate) fn refuse_loss(&self, scout: &Journal) -> Result<()> {
-        if self.is_clean() && scout.used() == 0 {
+    /// state before that, so that files can be rescued. `in_slot`: the superblock is not from a
+    /// copy, behind which there may have been any number of newer ones.
+    pub(crate) fn refuse_loss(&self, scout: &Journal, in_slot: bool) -> Result<()> {
+        if in_slot && self.is_clean() && scout.used() == 0 {
             return Ok(()); // I5 of the journal: there never was a batch behind that superblock
         }
         let Some(lost) = scout.lost()? else {
@@ -187,6 +186,18 @@ impl Pool {
             return Err(error);
         }
         log::error!("{error}; this is the state before the loss");
+        Ok(())
+    }
+
+    /// Puts the slots and copies right: once it is known that nothing was lost, so that an old copy
+    /// does not look like the newest superblock in its slot to the next open, and before anything
+    /// changes.
+    pub(crate) fn heal(&self) -> Result<()> {
+        if !self.read_only {
+            let superblock = self.superblock.lock().clone();
+            let stale = heal(&*self.device, &superblock)?;
+            *self.stale_copies.lock() = stale;
+        }
         Ok(())
     }
 

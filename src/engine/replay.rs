@@ -62,8 +62,10 @@ pub(super) fn tolerate_full_host(outcome: Result<()>) -> Result<()> {
 }
 
 impl Pool {
-    /// Replays the journal. `scout`: a second reader of it. False if it is empty.
-    pub(crate) fn replay(&self, mut scout: Journal) -> Result<bool> {
+    /// Replays the journal. `scout`: a second reader of it; `in_slot`: the superblock was found in
+    /// its slot. Nothing is written before it is known that the journal lost nothing. False if it
+    /// is empty.
+    pub(crate) fn replay(&self, mut scout: Journal, in_slot: bool) -> Result<bool> {
         let begun = Instant::now();
         self.stage.lock().replaying = true;
         let mut first = FirstLook {
@@ -80,7 +82,8 @@ impl Pool {
         } else {
             scout = self.look_ahead(scout, &mut first)?;
         }
-        self.refuse_loss(&scout)?;
+        self.refuse_loss(&scout, in_slot)?;
+        self.heal()?;
         drop(scout);
         for _ in 0..first.left {
             let batch = match first.kept.pop_front() {

@@ -240,6 +240,12 @@ pub(crate) fn superblock_places(blocks: u64) -> Vec<u64> {
     places
 }
 
+/// True if `newest` is in its slot, and not only in a copy, which may be any number of rounds old
+/// where the host had no space for newer ones.
+pub(crate) fn is_in_slot(device: &dyn BlockDevice, newest: &Superblock) -> bool {
+    read_place(device, newest.generation % SLOTS, false).whole() == Some(newest)
+}
+
 /// Puts right what a crash or damage left of the superblocks: `newest` gets its slot, if it was
 /// found as a copy only, so that the pool does not live on one block while it changes; and each
 /// slot gets its copy, so that no copy is more than one round behind. Copies are made durable
@@ -250,8 +256,7 @@ pub(crate) fn superblock_places(blocks: u64) -> Vec<u64> {
 pub(crate) fn heal(device: &dyn BlockDevice, newest: &Superblock) -> Result<Vec<Superblock>> {
     let failed = |source| Error::io("cannot write the superblock", source);
     let home = newest.generation % SLOTS;
-    let in_slot = read_place(device, home, false);
-    if in_slot.whole() != Some(newest) {
+    if !is_in_slot(device, newest) {
         let name = if home == 0 { "A" } else { "B" };
         log::warn!("superblock slot {name} is damaged, and is written anew from its copy");
         device

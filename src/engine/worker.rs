@@ -146,7 +146,7 @@ impl Pool {
                 log::debug!("background work failed: {error}");
                 if asked || self.poisoned().is_some() {
                     // Nobody writes the checkpoint that they wait for.
-                    self.commit_failed(&error);
+                    self.checkpoint_failed(&error);
                 }
                 self.relief.notify_all();
                 thread::sleep(PATIENCE);

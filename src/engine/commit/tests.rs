@@ -12,6 +12,8 @@ use crate::sync::atomic::{AtomicBool, Ordering};
 use crate::sync::{Instant, mpsc, thread};
 use crate::units::{Ino, Time};
 
+use super::super::work::WORK_MAX;
+
 const MIB: u64 = 1024 * 1024;
 
 /// An empty pool with a ring of 1 MiB.
@@ -118,6 +120,34 @@ fn nobody_waits_for_a_held_batch() {
     device.heal();
     ends(&pool, Pool::sync).expect("the host has space again");
     ends(&pool, Pool::close).expect("the host has space again");
+}
+
+/// A checkpoint that the host has no space for, for which somebody waits: what they are told.
+fn refused_checkpoint_for_one(pool: &Pool) -> Result<(), Error> {
+    let (sender, receiver) = mpsc::channel();
+    let pushed = pool.stage.lock().pushed;
+    let done = Box::new(move |outcome| sender.send(outcome).expect("somebody receives"));
+    pool.commit.state.lock().waiters.push((pushed, done));
+    let outcome = pool.checkpoint_with(false, || Err(refused()));
+    assert_eq!(outcome.expect_err("refused").kind(), Kind::NoSpace);
+    receiver.try_recv().expect("the checkpoint answers")
+}
+
+#[test]
+fn a_refused_checkpoint_refuses_nobody_for_whom_the_ring_has_room() {
+    let (device, pool) = new_pool();
+    let ino = create(&pool, "a");
+    pool.sync().expect("the device is sound");
+    // All the time that a replay may take is used up, and hardly any of the ring.
+    pool.journal.lock().add_work(WORK_MAX);
+    create(&pool, "b");
+    refused_checkpoint_for_one(&pool).expect("the ring has room");
+    let crashed = Arc::new(device.crash_none());
+    let again = Pool::open(crashed, None, &OpenOptions::default()).expect("it opens");
+    again.lookup(Ino::ROOT, b"b").expect("a synced name");
+    fill_ring(&pool, ino);
+    let error = refused_checkpoint_for_one(&pool).expect_err("the ring is full");
+    assert_eq!(error.kind(), Kind::NoSpace, "{error}");
 }
 
 #[test]

@@ -1,11 +1,12 @@
 //! Sharing of equal blocks: what is shared, and what is not, also if somebody writes meanwhile.
 
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock, Weak};
 
 use super::*;
-use crate::device::SimDevice;
+use crate::device::{BlockDevice, SimDevice};
 use crate::engine::{CreateOptions, FileKind, NewNode, OpenOptions};
 use crate::ondisk::crc32c;
+use crate::sync::atomic::{AtomicU64, Ordering};
 use crate::units::Time;
 
 const MIB: u64 = 1024 * 1024;
@@ -295,4 +296,65 @@ fn ranges_that_make_no_sense_are_refused() {
         );
     }
     assert_eq!(shared(&pool, ino, ino, share(5, 900, 7)), (vec![], 0));
+}
+
+/// Takes the lock of the stage at each read: builds with assertions refuse that under it.
+#[derive(Debug)]
+struct Staged {
+    device: SimDevice,
+    pool: OnceLock<Weak<Pool>>,
+    reads: AtomicU64,
+}
+
+impl BlockDevice for Staged {
+    fn len(&self) -> u64 {
+        self.device.len()
+    }
+    fn read_at(&self, addr: u64, buf: &mut [u8]) -> std::io::Result<()> {
+        if let Some(pool) = self.pool.get().and_then(Weak::upgrade) {
+            drop(pool.stage.lock());
+            self.reads.fetch_add(1, Ordering::Relaxed);
+        }
+        self.device.read_at(addr, buf)
+    }
+    fn write_at(&self, addr: u64, data: &[u8]) -> std::io::Result<()> {
+        self.device.write_at(addr, data)
+    }
+    fn sync(&self) -> std::io::Result<()> {
+        self.device.sync()
+    }
+    fn discard(&self, addr: u64, len: u64) -> std::io::Result<()> {
+        self.device.discard(addr, len)
+    }
+}
+
+#[test]
+fn nothing_is_read_of_the_device_under_the_lock_of_the_stage() {
+    let (device, pool) = new_pool();
+    let (src, dst) = (file(&pool, "src"), file(&pool, "dst"));
+    write(&pool, src, 0, &[1, 2, 3]);
+    write(&pool, dst, 0, &[1, 2, 4]);
+    pool.close().expect("the device is sound");
+    let reads_of = |look: &dyn Fn(&Pool)| {
+        let device = Arc::new(Staged {
+            device: device.fork(1),
+            pool: OnceLock::new(),
+            reads: AtomicU64::new(0),
+        });
+        let options = OpenOptions {
+            read_only: true,
+            cache_size: 4 * MIB,
+        };
+        let pool = Pool::open(device.clone(), None, &options).expect("it opens");
+        device.pool.get_or_init(|| Arc::downgrade(&pool));
+        look(&pool);
+        device.reads.load(Ordering::Relaxed)
+    };
+    let compared = reads_of(&|pool| {
+        let mut equal = Equal::default();
+        let pairs = pool.compare(src, dst, &share(0, 0, 3), &mut equal);
+        assert_eq!(pairs.expect("the device is sound").len(), 2);
+    });
+    let placed = reads_of(&|pool| assert_eq!(places(pool, src).len(), 3));
+    assert!(compared > 0 && placed > 0, "{compared} {placed}");
 }
