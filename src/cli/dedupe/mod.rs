@@ -10,6 +10,7 @@ use std::fs::{self, File};
 use std::os::fd::AsFd;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
+use std::rc::Rc;
 use std::time::{Duration, Instant};
 
 use clap::Args;
@@ -21,7 +22,7 @@ use nodupe::units::BLOCK_SIZE;
 use nodupe::vfs::UNNAMED_PREFIX;
 use serde_json::{Value, json};
 
-use super::blocks::{self, Seen};
+use super::blocks::{self, Seen, Tree};
 use super::failure::{Failure, Result};
 use super::mounts;
 use super::output::{self, Align, Output, Table, show};
@@ -75,6 +76,8 @@ pub(super) struct Dedupe {
 #[derive(Debug)]
 struct Item {
     path: PathBuf,
+    /// The mount that it is in.
+    tree: Rc<Tree>,
     /// Bytes that are allocated for it, to draw the bar.
     data: u64,
     compared: u64,
@@ -121,18 +124,19 @@ pub(super) fn run(args: &Dedupe, output: Output) -> Result<()> {
 /// All files that were named, in that order and each once.
 fn find(args: &Dedupe, failures: &mut Vec<Failure>) -> Result<Vec<Item>> {
     let (mut items, mut known) = (Vec::new(), HashSet::new());
-    let mut device = None;
+    let (mut device, mut trees) = (None, HashMap::new());
     for named in &args.files {
         let failed = |error: &std::io::Error| {
             Failure::new(format!("cannot look at {}", show(named))).because(error)
         };
         let path = named.canonicalize().map_err(|error| failed(&error))?;
-        if !mounts::holding(&path)?.is_some_and(|mount| mount.is_ours()) {
+        let Some(mount) = mounts::holding(&path)?.filter(|mount| mount.is_ours()) else {
             return Err(
                 Failure::new(format!("{} is not in a mounted pool", show(named)))
                     .hint("mount the pool, and name files below the mount: nodupe mount POOL DIR"),
             );
-        }
+        };
+        let tree = tree(&mut trees, mount.dir)?;
         let metadata = fs::metadata(&path).map_err(|error| failed(&error))?;
         if *device.get_or_insert(metadata.dev()) != metadata.dev() {
             return Err(Failure::usage(format!(
@@ -143,7 +147,7 @@ fn find(args: &Dedupe, failures: &mut Vec<Failure>) -> Result<Vec<Item>> {
             .hint("blocks are shared within one pool: name files of one"));
         }
         if metadata.is_file() {
-            add(&mut items, &mut known, path, &metadata);
+            add(&mut items, &mut known, (path, &tree), &metadata);
             continue;
         }
         if !metadata.is_dir() {
@@ -155,19 +159,36 @@ fn find(args: &Dedupe, failures: &mut Vec<Failure>) -> Result<Vec<Item>> {
             failures.push(failure.because(error));
         });
         for (path, metadata) in found {
-            add(&mut items, &mut known, path, &metadata);
+            add(&mut items, &mut known, (path, &tree), &metadata);
         }
     }
     Ok(items)
 }
 
-fn add(items: &mut Vec<Item>, known: &mut HashSet<u64>, path: PathBuf, metadata: &fs::Metadata) {
+/// The tree below a mount, opened once.
+fn tree(trees: &mut HashMap<PathBuf, Rc<Tree>>, dir: PathBuf) -> Result<Rc<Tree>> {
+    if let Some(tree) = trees.get(&dir) {
+        return Ok(tree.clone());
+    }
+    let failed = |error: Error| Failure::new("cannot use the mount").because(&error);
+    let tree = Rc::new(Tree::new(&dir).map_err(failed)?);
+    trees.insert(dir, tree.clone());
+    Ok(tree)
+}
+
+fn add(
+    items: &mut Vec<Item>,
+    known: &mut HashSet<u64>,
+    (path, tree): (PathBuf, &Rc<Tree>),
+    metadata: &fs::Metadata,
+) {
     let hidden = path
         .file_name()
         .is_some_and(|name| name.to_string_lossy().starts_with(UNNAMED_PREFIX));
     if !hidden && known.insert(metadata.ino()) {
         items.push(Item {
             path,
+            tree: tree.clone(),
             data: metadata.blocks().saturating_mul(512),
             compared: 0,
             shared: 0,
@@ -391,14 +412,12 @@ impl Work {
             if item.failed {
                 return None;
             }
-            let opened = File::options().read(true).write(!self.dry).open(&item.path);
-            match opened {
+            match item.tree.open(&item.path, !self.dry) {
                 Ok(file) => {
                     let token = None;
                     self.open.insert(number, Open { file, token });
                 }
                 Err(error) => {
-                    let error = Error::io("cannot open it", error);
                     self.fail(number, &error);
                     return None;
                 }
