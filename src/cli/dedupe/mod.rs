@@ -7,6 +7,7 @@
 
 use std::collections::{HashMap, HashSet};
 use std::fs::{self, File};
+use std::io;
 use std::os::fd::AsFd;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
@@ -42,7 +43,7 @@ const OPEN_MAX: usize = 64;
 
 const EXAMPLE: &str = "\
 The files may be in use: nothing that their users see changes. Of equal blocks those of the file
-that is named first stay. Blocks are found equal at any multiple of 4096 bytes in the files.
+that is named first stay; files that can only be read come before the others. Blocks are found equal at any multiple of 4096 bytes in the files.
 
 Exit codes:
   0  all that was named was looked at
@@ -83,6 +84,8 @@ struct Item {
     compared: u64,
     shared: u64,
     failed: bool,
+    /// Why it cannot be written to: others share its blocks, and it stays as it is.
+    refused: Option<Error>,
 }
 
 pub(super) fn run(args: &Dedupe, output: Output) -> Result<()> {
@@ -100,6 +103,7 @@ pub(super) fn run(args: &Dedupe, output: Output) -> Result<()> {
         failures,
         bar,
     };
+    work.sources_first();
     let done = work.run();
     work.bar.finish_and_clear();
     let freed = match (before.flatten(), &dir) {
@@ -193,6 +197,7 @@ fn add(
             compared: 0,
             shared: 0,
             failed: false,
+            refused: None,
         });
     }
 }
@@ -234,6 +239,27 @@ struct Target {
 }
 
 impl Work {
+    /// Puts files that can only be read before the others, so that those share with them. If all
+    /// are such, nothing can be done with any.
+    fn sources_first(&mut self) {
+        for number in 0..self.items.len() as u32 {
+            self.opened(number);
+        }
+        self.open.clear();
+        self.items.sort_by_key(|item| item.refused.is_none());
+        if self
+            .items
+            .iter()
+            .all(|item| item.failed || item.refused.is_some())
+        {
+            for number in 0..self.items.len() {
+                if let Some(error) = self.items[number].refused.take() {
+                    self.fail(number as u32, &error);
+                }
+            }
+        }
+    }
+
     fn run(&mut self) -> nodupe::error::Result<()> {
         let mut from = 0;
         loop {
@@ -277,7 +303,7 @@ impl Work {
         let before = of_all(part.0.into()) * self.bar.length().unwrap_or(0) as f64;
         let mut done = 0.0;
         for number in 0..self.items.len() as u32 {
-            if self.opened(number).is_none() {
+            if self.opened(number).is_none() || self.items[number as usize].refused.is_some() {
                 continue;
             }
             // The file stays open whatever else is opened meanwhile.
@@ -408,11 +434,17 @@ impl Work {
             self.open.clear();
         }
         if !self.open.contains_key(&number) {
-            let item = &self.items[number as usize];
+            let item = &mut self.items[number as usize];
             if item.failed {
                 return None;
             }
-            match item.tree.open(&item.path, !self.dry) {
+            let write = !self.dry && item.refused.is_none();
+            let mut opened = item.tree.open(&item.path, write);
+            if write && opened.as_ref().is_err_and(is_only_to_read) {
+                item.refused = opened.err();
+                opened = item.tree.open(&item.path, false);
+            }
+            match opened {
                 Ok(file) => {
                     let token = None;
                     self.open.insert(number, Open { file, token });
@@ -450,6 +482,18 @@ impl Work {
     }
 }
 
+/// True if a file that could not be opened to write may be one to read.
+fn is_only_to_read(error: &Error) -> bool {
+    let cause = std::error::Error::source(error);
+    let cause = cause.and_then(|cause| cause.downcast_ref::<io::Error>());
+    let kind = cause.map(io::Error::kind);
+    error.kind() == Kind::Denied
+        || matches!(
+            kind,
+            Some(io::ErrorKind::ExecutableFileBusy | io::ErrorKind::ReadOnlyFilesystem)
+        )
+}
+
 fn is_sound(equal: &Equal, count: u64) -> bool {
     let within = |range: &(u64, u64)| range.0.checked_add(range.1).is_some_and(|end| end <= count);
     equal.ranges.iter().all(within) && equal.compared <= EQUAL_BLOCKS_MAX * 64
@@ -465,6 +509,7 @@ fn report(args: &Dedupe, work: &Work, freed: Option<u64>, took: Duration, output
                 "file": show(&item.path),
                 "compared": item.compared,
                 "shared": item.shared,
+                "source_only": item.refused.is_some(),
             })
         };
         let files: Vec<Value> = work.items.iter().map(file).collect();
@@ -479,6 +524,14 @@ fn report(args: &Dedupe, work: &Work, freed: Option<u64>, took: Duration, output
             "seconds": took.as_secs_f64(),
         }));
         return;
+    }
+    let sources = work.items.iter().filter(|item| item.refused.is_some());
+    match sources.count() {
+        0 => {}
+        1 => output.note("1 file can only be read: it stays, and others share its blocks"),
+        count => output.note(&format!(
+            "{count} files can only be read: they stay, and others share their blocks"
+        )),
     }
     let right = Align::Right;
     let mut table = Table::new(&[
