@@ -366,28 +366,35 @@ impl Work {
             true => at.abs_diff(other.at),
             false => u64::MAX,
         };
-        let count = target.ahead.min(most);
+        let mut count = target.ahead.min(most);
         if count == 0 {
             return Ok(());
         }
-        let request = Request::ShareEqual(Compare {
-            source,
-            range: Share {
-                block: other.at,
-                dst_block: at,
-                count,
-            },
-            dry: self.dry,
-        });
-        let equal = match control::call(file.as_fd(), &request) {
-            Ok(Response::Equal(equal)) if is_sound(&equal, count) => equal,
-            Ok(_) => return Err(blocks::nonsense()),
-            // What is damaged is told once for each file, and the rest is looked at.
-            Err(error) if error.kind() == Kind::Corrupt => {
-                self.fail(target.number, &error);
-                return Ok(());
+        let equal = loop {
+            let request = Request::ShareEqual(Compare {
+                source,
+                range: Share {
+                    block: other.at,
+                    dst_block: at,
+                    count,
+                },
+                dry: self.dry,
+            });
+            match control::call(file.as_fd(), &request) {
+                Ok(Response::Equal(equal)) if is_sound(&equal, count) => break equal,
+                Ok(_) => return Err(blocks::nonsense()),
+                // What is damaged is told once for each file, and the rest is looked at: block by
+                // block, until some are equal again.
+                Err(error) if error.kind() == Kind::Corrupt => {
+                    self.fail(target.number, &error);
+                    target.ahead = 1;
+                    if count == 1 {
+                        return Ok(());
+                    }
+                    count = 1;
+                }
+                Err(error) => return Err(error),
             }
-            Err(error) => return Err(error),
         };
         let item = &mut self.items[target.number as usize];
         item.compared += equal.compared * B;
