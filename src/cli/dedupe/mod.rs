@@ -104,7 +104,13 @@ pub(super) fn run(args: &Dedupe, output: Output) -> Result<()> {
         bar,
     };
     work.sources_first();
-    let done = work.run();
+    if let Err(error) = work.run() {
+        work.failures.push(
+            Failure::new("cannot go on").because(&error).hint(
+                "what was shared so far stays shared; the contents of all files are as before",
+            ),
+        );
+    }
     work.bar.finish_and_clear();
     let freed = match (before.flatten(), &dir) {
         (Some(before), Some(path)) => {
@@ -113,11 +119,6 @@ pub(super) fn run(args: &Dedupe, output: Output) -> Result<()> {
         _ => None,
     };
     report(args, &work, freed, begun.elapsed(), output);
-    done.map_err(|error| {
-        Failure::new("cannot go on")
-            .because(&error)
-            .hint("what was shared so far stays shared; the contents of all files are as before")
-    })?;
     work.failures.iter().for_each(output::failure);
     match work.failures.is_empty() {
         true => Ok(()),
