@@ -377,6 +377,23 @@ fn a_new_image_has_new_ids_unless_they_are_kept() {
         .output()
         .unwrap();
     assert!(!output.status.success() && !dir.join("x.raw").exists());
+    // What no image is: no option of another verb is advised.
+    fs::write(
+        dir.join("packed"),
+        [&b"\x1f\x8b\x08"[..], &[7; 4096]].concat(),
+    )
+    .unwrap();
+    let output = nodupe()
+        .args(["clone", "--new-identity"])
+        .args([&dir.join("packed"), &dir.join("x")])
+        .output()
+        .unwrap();
+    let told = String::from_utf8_lossy(&output.stderr);
+    assert!(
+        !output.status.success() && told.contains("compressed"),
+        "{told}"
+    );
+    assert!(!told.contains("--from"), "{told}");
 }
 
 #[test]

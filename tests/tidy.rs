@@ -499,7 +499,6 @@ fn nothing_unfinished_is_committed() {
     report("unfinished code", &findings);
 }
 
-/// The rules above are only worth something if the reader of sources sees what it should.
 /// Every change of `scripts/mutants.txt` can still be made: its lines stand there, once.
 #[test]
 fn every_mutant_has_its_place() {
@@ -537,6 +536,7 @@ fn every_mutant_has_its_place() {
     );
 }
 
+/// The rules above are only worth something if the reader of sources sees what it should.
 #[test]
 fn the_reader_sees_code_and_only_code() {
     let text = concat!(

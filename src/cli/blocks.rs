@@ -3,6 +3,8 @@
 //! Invariants:
 //!
 //! 1. Memory is bounded: [`Seen`] forgets nothing, and takes in no more when it is full.
+//! 2. What a [`Tree`] opens is a regular file of its filesystem below its directory, whatever became
+//!    of the names since they were read.
 
 use std::collections::BTreeMap;
 use std::fs::{self, File, Metadata};
@@ -14,6 +16,7 @@ use std::path::{Path, PathBuf};
 use nodupe::control::{self, Request, Response};
 use nodupe::engine::{Place, Places};
 use nodupe::error::{Error, Kind, Result};
+use nodupe::sys::files;
 
 /// Most runs of places that are remembered: about 25 MiB.
 const SEEN_MAX: usize = 512 * 1024;
@@ -99,6 +102,61 @@ pub(super) fn nonsense() -> Error {
     )
 }
 
+/// A directory whose files are opened by the paths that a walk found.
+#[derive(Debug)]
+pub(super) struct Tree {
+    path: PathBuf,
+    dir: File,
+    device: u64,
+}
+
+impl Tree {
+    /// Files below `path`, on the same device.
+    ///
+    /// # Errors
+    /// `Io` and the like if it cannot be opened.
+    pub(super) fn new(path: &Path) -> Result<Self> {
+        let failed = |error| Error::io(format!("cannot open {}", path.display()), error);
+        let dir = files::directory(path).map_err(failed)?;
+        Ok(Self {
+            path: path.to_path_buf(),
+            device: dir.metadata().map_err(failed)?.dev(),
+            dir,
+        })
+    }
+
+    /// Device of its files.
+    pub(super) fn device(&self) -> u64 {
+        self.device
+    }
+
+    /// Opens a file by its whole path, to read or to `write` as well (I2).
+    ///
+    /// # Errors
+    /// What opening it answers; `Invalid` if something else is there now.
+    pub(super) fn open(&self, path: &Path, write: bool) -> Result<File> {
+        let failed = |error| Error::io(format!("cannot open {}", path.display()), error);
+        let other = || {
+            let what = "another thing than a file of this pool has that name now";
+            Error::new(Kind::Invalid, what)
+        };
+        let below = path.strip_prefix(&self.path).map_err(|_| other())?;
+        let opened = match write {
+            true => files::open_beneath_to_write(self.dir.as_fd(), below),
+            false => files::open_beneath(self.dir.as_fd(), below),
+        };
+        let file = opened.map_err(|error| match files::leads_out(&error) {
+            true => other(),
+            false => failed(error),
+        })?;
+        let metadata = file.metadata().map_err(failed)?;
+        match metadata.is_file() && metadata.dev() == self.device {
+            true => Ok(file),
+            false => Err(other()),
+        }
+    }
+}
+
 /// Regular files below a directory, on the same device, by name. `failed` is told of directories
 /// that cannot be looked into.
 pub(super) fn files_below(
@@ -172,6 +230,30 @@ impl Seen {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn only_files_of_the_tree_are_opened() {
+        use std::os::unix::{fs::symlink, net::UnixListener};
+        let (home, outside) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+        let at = |name: &str| home.path().join(name);
+        fs::write(at("file"), "f").unwrap();
+        fs::write(outside.path().join("file"), "o").unwrap();
+        symlink(outside.path().join("file"), at("link")).unwrap();
+        symlink(outside.path(), at("dir")).unwrap();
+        symlink("/dev/null", at("device")).unwrap();
+        let _listener = UnixListener::bind(at("socket")).unwrap();
+        let mut tree = Tree::new(home.path()).unwrap();
+        for write in [false, true] {
+            assert!(tree.open(&at("file"), write).is_ok());
+            for name in ["link", "dir/file", "device", "socket", "missing"] {
+                assert!(tree.open(&at(name), write).is_err(), "{name}");
+            }
+            assert!(tree.open(&outside.path().join("file"), write).is_err());
+        }
+        tree.device += 1;
+        let refused = tree.open(&at("file"), false).map_err(|e| e.kind());
+        assert!(matches!(refused, Err(Kind::Invalid)));
+    }
 
     #[test]
     fn a_place_is_new_once() {

@@ -66,12 +66,13 @@ pub(super) fn run(args: &Convert, output: Output) -> Result<()> {
         match error.kind() {
             Kind::Exists => failure.hint("remove it first, or choose another name"),
             Kind::NoSpace => failure.hint("nothing was made; delete something first: nodupe df"),
-            kind => hint_parents(failure, kind, &args.src),
+            _ => failure,
         }
     };
     let shape = shape(args.format.as_deref(), args.subformat.as_deref(), &args.dst)?;
     let from = named(args.from.as_deref())?;
-    let image = Image::open(&args.src, from, &args.allow_parent).map_err(|error| failed(&error))?;
+    let image = Image::open(&args.src, from, &args.allow_parent)
+        .map_err(|error| hint_parents(failed(&error), error.kind(), &args.src))?;
     let dir = parent_of(&args.dst)?;
     let device = fs::metadata(&dir)
         .map_err(|error| Failure::new(format!("cannot use {}", show(&dir))).because(&error))?
@@ -125,7 +126,7 @@ pub(super) fn run(args: &Convert, output: Output) -> Result<()> {
     Ok(())
 }
 
-/// Says what helps if a parent is not found.
+/// Says what helps if an image could not be opened because a parent is not found.
 pub(super) fn hint_parents(failure: Failure, kind: Kind, src: &Path) -> Failure {
     match kind {
         Kind::NotFound | Kind::Denied if src.exists() => {

@@ -212,9 +212,35 @@ fn file_table(files: &[FileFacts]) -> Table {
     table
 }
 
+/// Keys of a pool.
+const POOL_KEYS: [&str; 22] = [
+    "pool",
+    "mount",
+    "read_only",
+    "size",
+    "total",
+    "used",
+    "available",
+    "host_available",
+    "state",
+    "advice",
+    "warn_at",
+    "reserve",
+    "use_percent",
+    "logical",
+    "inodes",
+    "sharing",
+    "staged",
+    "journal_used",
+    "journal_size",
+    "poisoned",
+    "health",
+    "error",
+];
+
 fn pool_json(facts: &PoolFacts) -> Value {
     let usage = facts.usage.unwrap_or_default();
-    json!({
+    let told = json!({
         "pool": show(&facts.pool),
         "mount": facts.mount.as_deref().map(show),
         "read_only": facts.read_only,
@@ -237,16 +263,23 @@ fn pool_json(facts: &PoolFacts) -> Value {
         "poisoned": facts.poisoned,
         "health": facts.health.as_ref().map(health_value),
         "error": null,
-    })
+    });
+    debug_assert!(told.as_object().is_some_and(|told| {
+        told.len() == POOL_KEYS.len() && POOL_KEYS.iter().all(|key| told.contains_key(*key))
+    }));
+    told
 }
 
-/// A mount of which nothing is known but why.
+/// A mount of which nothing is known but why: all other keys of a pool are null.
 fn unknown_json(mount: &Mount, why: &Failure) -> Value {
-    json!({
-        "pool": show(&mount.source),
-        "mount": show(&mount.dir),
-        "error": why.chain.join(": "),
-    })
+    let mut entry: serde_json::Map<String, Value> = POOL_KEYS
+        .iter()
+        .map(|key| ((*key).to_owned(), Value::Null))
+        .collect();
+    entry.insert("pool".to_owned(), json!(show(&mount.source)));
+    entry.insert("mount".to_owned(), json!(show(&mount.dir)));
+    entry.insert("error".to_owned(), json!(why.chain.join(": ")));
+    Value::Object(entry)
 }
 
 /// How full a pool is, if that is known.
@@ -313,6 +346,8 @@ mod tests {
                 .as_str()
                 .is_some_and(|why| why.contains("does not answer"))
         );
+        assert!(POOL_KEYS.iter().all(|key| entry.get(key).is_some()));
+        assert!(entry["used"].is_null());
         assert_eq!(entry["mount"], json!(show(&told[0].0.dir)));
         let told = ask(mounts(), Duration::from_secs(600), |_| Ok(7));
         assert_eq!(told[0].1.as_ref().unwrap().as_ref().unwrap(), &7);

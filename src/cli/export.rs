@@ -93,7 +93,7 @@ pub(super) fn run(args: &Export, output: Output) -> Result<()> {
         let failure = Failure::new(what()).because(error);
         match error.kind() {
             Kind::NoSpace => failure.hint("make room where it is written to"),
-            kind => convert::hint_parents(failure, kind, &args.src),
+            _ => failure,
         }
     };
     let made = made(args)?;
@@ -104,7 +104,8 @@ pub(super) fn run(args: &Export, output: Output) -> Result<()> {
         ));
     }
     let from = convert::named(args.from.as_deref())?;
-    let image = Image::open(&args.src, from, &args.allow_parent).map_err(|error| failed(&error))?;
+    let image = Image::open(&args.src, from, &args.allow_parent)
+        .map_err(|error| convert::hint_parents(failed(&error), error.kind(), &args.src))?;
     let holes = |source: &_, range| image.data(source, range);
     let held = Held {
         chain: &image.chain,
@@ -231,7 +232,8 @@ fn against(
         None => (gold.to_path_buf(), facts),
         Some(path) => {
             let parent = Image::open(path, None, &args.allow_parent);
-            let parent = parent.map_err(|error| cannot(path, &error))?;
+            let parent = parent
+                .map_err(|error| convert::hint_parents(cannot(path, &error), error.kind(), path))?;
             let why = unlike(&parent, facts.size, size).map_err(|error| cannot(path, &error))?;
             if let Some(why) = why {
                 return Err(Failure::new(format!("{} is no parent", show(path)))

@@ -39,6 +39,14 @@ pub(super) fn clone(src: &Path, dir: &Path, name: &str, preserve: bool) -> Resul
                  image with nodupe convert --from FORMAT, which copies no data either",
             ));
         }
+        // The error itself names --from, which only other verbs have.
+        Err(error) if error.kind() == Kind::Unsupported => {
+            return Err(Error::new(
+                Kind::Unsupported,
+                "it is compressed, or an image of a kind that is not read: clone it without \
+                 --new-identity",
+            ));
+        }
         format => format?,
     };
     let ids = Ids::random()?;

@@ -22,10 +22,33 @@ const FLAGS: libc::c_int = libc::O_RDONLY | libc::O_CLOEXEC | libc::O_NONBLOCK |
 /// # Errors
 /// The system's own; `EXDEV` or `ELOOP` for what leads out.
 pub fn open_beneath(dir: BorrowedFd<'_>, path: &Path) -> io::Result<File> {
+    beneath(dir, path, FLAGS)
+}
+
+/// As [`open_beneath`], to read and write.
+///
+/// # Errors
+/// As [`open_beneath`].
+pub fn open_beneath_to_write(dir: BorrowedFd<'_>, path: &Path) -> io::Result<File> {
+    beneath(dir, path, FLAGS | libc::O_RDWR)
+}
+
+/// Opens a directory to open files below it: nobody needs to be allowed to list it.
+///
+/// # Errors
+/// The system's own.
+pub fn directory(path: &Path) -> io::Result<File> {
+    File::options()
+        .read(true)
+        .custom_flags(libc::O_PATH | libc::O_DIRECTORY)
+        .open(path)
+}
+
+fn beneath(dir: BorrowedFd<'_>, path: &Path, flags: libc::c_int) -> io::Result<File> {
     let name = CString::new(path.as_os_str().as_bytes())?;
     // struct open_how: flags, mode, resolve.
     let how: [u64; 3] = [
-        u64::from(FLAGS.cast_unsigned()),
+        u64::from(flags.cast_unsigned()),
         0,
         libc::RESOLVE_BENEATH | libc::RESOLVE_NO_MAGICLINKS,
     ];
@@ -47,22 +70,28 @@ pub fn open_beneath(dir: BorrowedFd<'_>, path: &Path) -> io::Result<File> {
     let error = io::Error::last_os_error();
     match error.raw_os_error() {
         // An old kernel, or a container that does not know the call.
-        Some(libc::ENOSYS | libc::EPERM) => step_by_step(dir, path),
+        Some(libc::ENOSYS | libc::EPERM) => step_by_step(dir, path, flags),
         _ => Err(error),
     }
 }
 
 /// As [`open_beneath`], by one open for each part of the path; follows no links at all.
-fn step_by_step(dir: BorrowedFd<'_>, path: &Path) -> io::Result<File> {
+fn step_by_step(dir: BorrowedFd<'_>, path: &Path, flags: libc::c_int) -> io::Result<File> {
     let outside = || io::Error::from_raw_os_error(libc::EXDEV);
     let mut way = Vec::new();
-    for part in path.components() {
+    let mut parts = path.components().peekable();
+    while let Some(part) = parts.next() {
+        // Directories cannot be opened to write.
+        let flags = match parts.peek() {
+            None => flags,
+            Some(_) => FLAGS,
+        };
         match part {
             Component::CurDir => {}
             Component::ParentDir => drop(way.pop().ok_or_else(outside)?),
             Component::Normal(name) => {
                 let from = way.last().map_or(dir, |file: &File| file.as_fd());
-                way.push(open_step(from, name.as_bytes())?);
+                way.push(open_step(from, name.as_bytes(), flags)?);
             }
             Component::RootDir | Component::Prefix(_) => return Err(outside()),
         }
@@ -70,10 +99,10 @@ fn step_by_step(dir: BorrowedFd<'_>, path: &Path) -> io::Result<File> {
     way.pop().ok_or_else(outside)
 }
 
-fn open_step(dir: BorrowedFd<'_>, name: &[u8]) -> io::Result<File> {
+fn open_step(dir: BorrowedFd<'_>, name: &[u8], flags: libc::c_int) -> io::Result<File> {
     let name = CString::new(name)?;
     // SAFETY: the descriptor is open for the call, and the name has a NUL at its end.
-    let fd = unsafe { libc::openat(dir.as_raw_fd(), name.as_ptr(), FLAGS | libc::O_NOFOLLOW) };
+    let fd = unsafe { libc::openat(dir.as_raw_fd(), name.as_ptr(), flags | libc::O_NOFOLLOW) };
     if fd < 0 {
         return Err(io::Error::last_os_error());
     }
@@ -283,14 +312,31 @@ fn whole(call: impl Fn(*mut u8, usize) -> isize) -> io::Result<Vec<u8>> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use std::os::unix::fs::symlink;
+    use std::os::unix::fs::{FileExt, symlink};
 
     fn open(dir: &File, path: &str) -> [io::Result<File>; 2] {
         let path = Path::new(path);
         [
             open_beneath(dir.as_fd(), path),
-            step_by_step(dir.as_fd(), path),
+            step_by_step(dir.as_fd(), path, FLAGS),
         ]
+    }
+
+    #[test]
+    fn what_is_below_is_opened_to_write() {
+        let dir = tempfile::tempdir().unwrap();
+        std::fs::create_dir(dir.path().join("sub")).unwrap();
+        std::fs::write(dir.path().join("sub/file"), "old").unwrap();
+        let root = directory(dir.path()).unwrap();
+        let (root, path) = (root.as_fd(), Path::new("sub/file"));
+        for file in [
+            open_beneath_to_write(root, path),
+            step_by_step(root, path, FLAGS | libc::O_RDWR),
+        ] {
+            file.unwrap().write_all_at(b"new", 0).unwrap();
+        }
+        let outside = open_beneath_to_write(root, Path::new("../file"));
+        assert!(leads_out(&outside.unwrap_err()));
     }
 
     #[test]

@@ -7,7 +7,7 @@
 //! 2. Every image ends with a parent that can be had, with none, or with a reason. No chain is a
 //!    circle, or longer than [`DEPTH_MAX`].
 
-use std::collections::HashSet;
+use std::collections::{HashSet, VecDeque};
 use std::fmt::Display;
 use std::path::Path;
 use std::sync::Arc;
@@ -22,20 +22,38 @@ use crate::formats::{FileSource, Format, Identity, ParentRef};
 const DEPTH_MAX: usize = 256;
 
 impl Library {
-    /// Finds the parents of all images, and the parents of these.
+    /// Finds the parents of all images that are wanted, and the parents of these.
     pub fn resolve(&mut self) {
         self.settle_extents();
-        let mut index = 0;
-        // Parents that are found on the way are images as well.
-        while index < self.images().len() {
-            if self.images()[index].facts.parent.is_some() {
+        let (mut asked, mut pending) = (HashSet::new(), VecDeque::new());
+        loop {
+            // What is found on the way may take the place of what was wanted.
+            let images = self.images().iter().enumerate();
+            let wanted = images.filter(|(index, image)| image.wanted && !asked.contains(index));
+            pending.extend(wanted.map(|(index, _)| index));
+            if pending.is_empty() {
+                break;
+            }
+            while let Some(index) = pending.pop_front() {
+                if !asked.insert(index) || self.images()[index].facts.parent.is_none() {
+                    continue;
+                }
                 let parent = match self.find_parent(index) {
-                    Ok((parent, how)) => Parent::Image(parent, how),
+                    Ok((parent, how)) => {
+                        pending.push_back(parent);
+                        Parent::Image(parent, how)
+                    }
                     Err(error) => Parent::Missing(in_words(&error)),
                 };
                 self.image_mut(index).parent = parent;
             }
-            index += 1;
+        }
+        // What a scan found beside them: looking for its parents could mean a walk of all trees.
+        for index in 0..self.images().len() {
+            if !asked.contains(&index) && self.images()[index].facts.parent.is_some() {
+                let why = "nobody asked for it".to_owned();
+                self.image_mut(index).parent = Parent::Missing(why);
+            }
         }
         // Parents may have extents as well.
         self.settle_extents();

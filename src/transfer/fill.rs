@@ -285,7 +285,7 @@ impl Worker<'_> {
         };
         let mut wanted: Vec<bool> = (0..count).step_by(BLOCK).map(|from| !same(from)).collect();
         let shared = match self.twin {
-            Some(twin) => twin.share(self.file, at, new, &mut wanted)?,
+            Some(twin) => twin.share(self.file, at, new, &mut wanted),
             None => 0,
         };
         let (mut written, mut i) = (0, 0);

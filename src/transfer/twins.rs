@@ -13,12 +13,13 @@
 use std::collections::HashMap;
 use std::fmt;
 use std::fs::File;
+use std::io;
 use std::ops::Range;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use crate::error::{Error, Result};
+use crate::error::Result;
 use crate::ondisk::crc32c;
 use crate::sync::Mutex;
 use crate::sys::files;
@@ -45,7 +46,7 @@ enum Source {
     Open(Arc<File>),
     /// It was in the pool before.
     Known(PathBuf),
-    /// It is gone, or nobody may read it, or too many are open.
+    /// It is gone or damaged, or nobody may read it.
     Unusable,
 }
 
@@ -162,6 +163,19 @@ impl<'a> Twins<'a> {
         index.files[number as usize] = Source::Open(file.clone());
         Some((number, block, file))
     }
+
+    /// Looks into a file no more, because it cannot be read or shared.
+    fn give_up(&self, number: u32, error: &io::Error) {
+        let mut index = self.index.lock();
+        let Some(source) = index.files.get_mut(number as usize) else {
+            return;
+        };
+        if matches!(std::mem::replace(source, Source::Unusable), Source::Open(_)) {
+            index.open = index.open.saturating_sub(1);
+        }
+        drop(index);
+        log::debug!("nothing is shared with file {number}: {error}");
+    }
 }
 
 impl Twin<'_> {
@@ -182,14 +196,9 @@ impl Twin<'_> {
 
     /// Shares with `file`, in which `bytes` are to stand at `at`, what other files have of them.
     /// `wanted` tells of each block whether it is to be written, and is told of those that need
-    /// not be any more.
-    pub(super) fn share(
-        &self,
-        file: &File,
-        at: u64,
-        bytes: &[u8],
-        wanted: &mut [bool],
-    ) -> Result<u64> {
+    /// not be any more. Other files that are damaged have nothing that is equal: whatever cannot be
+    /// shared is to be written.
+    pub(super) fn share(&self, file: &File, at: u64, bytes: &[u8], wanted: &mut [bool]) -> u64 {
         let mut shared = 0;
         let mut tried: Vec<(u32, i64, i64)> = Vec::new();
         let blocks = bytes.len() / BLOCK;
@@ -207,25 +216,29 @@ impl Twin<'_> {
                 && !tried.contains(&place)
             {
                 tried.push(place);
-                let (_, start, window) = place;
+                let (number, start, window) = place;
                 let window = window * WINDOW_BLOCKS..(window + 1) * WINDOW_BLOCKS;
-                shared += compare((&source, start, window), file, at, bytes, wanted)?;
+                let from = (&*source, start, window);
+                if let Err(error) = compare(from, file, at, bytes, wanted, &mut shared) {
+                    self.twins.give_up(number, &error);
+                }
             }
             i += 1;
         }
-        Ok(shared)
+        shared
     }
 }
 
 /// Shares the blocks that are equal, if block 0 of `bytes` is block `start` of `source`, of which only
-/// some blocks count.
+/// some blocks count, and adds their bytes to `shared`.
 fn compare(
     (source, start, within): (&File, i64, Range<i64>),
     file: &File,
     at: u64,
     bytes: &[u8],
     wanted: &mut [bool],
-) -> Result<u64> {
+    shared: &mut u64,
+) -> io::Result<()> {
     // I2: of `bytes`, the blocks that lie in that window of the source.
     let first = (within.start - start).max(0) as usize;
     let blocks = (bytes.len() / BLOCK).min((within.end - start).max(0) as usize);
@@ -234,8 +247,7 @@ fn compare(
     let mut other = vec![0; (blocks - skip) * BLOCK];
     let mut got = 0;
     while got < other.len() {
-        let read = source.read_at(&mut other[got..], from + got as u64);
-        match read.map_err(|error| Error::io("cannot read what was imported", error))? {
+        match source.read_at(&mut other[got..], from + got as u64)? {
             0 => break,
             read => got += read,
         }
@@ -244,7 +256,7 @@ fn compare(
         let there = (i - skip) * BLOCK;
         there + BLOCK <= got && bytes[i * BLOCK..(i + 1) * BLOCK] == other[there..there + BLOCK]
     };
-    let (mut shared, mut i) = (0, skip);
+    let mut i = skip;
     while i < blocks {
         let mut end = i;
         while end < blocks && wanted[end] && equal(end) {
@@ -254,17 +266,50 @@ fn compare(
             let (mut done, len) = (0, ((end - i) * BLOCK) as u64);
             let (theirs, ours) = (from + ((i - skip) * BLOCK) as u64, at + (i * BLOCK) as u64);
             while done < len {
-                let copied =
-                    files::copy_range(source, theirs + done, file, ours + done, len - done);
-                match copied.map_err(|error| Error::io("cannot write to the pool", error))? {
-                    0 => return Ok(shared), // it is shorter than it was: write the rest
+                match files::copy_range(source, theirs + done, file, ours + done, len - done)? {
+                    0 => return Ok(()), // it is shorter than it was: write the rest
                     copied => done += copied,
                 }
             }
             wanted[i..end].fill(false);
-            shared += len;
+            *shared += len;
         }
         i = end.max(i + 1);
     }
-    Ok(shared)
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_file_that_cannot_be_read_or_shared_is_not_looked_into_again() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("there");
+        let bytes = vec![7; 2 * BLOCK];
+        std::fs::write(&path, &bytes).unwrap();
+        let new = dir.path().join("new");
+        std::fs::write(&new, &bytes).unwrap();
+        // Neither can be read from and written to at once: one fails to be read, one to be shared.
+        for (source_reads, target_writes) in [(false, true), (true, false)] {
+            let opened = |path: &Path, reads: bool| {
+                let mut options = File::options();
+                options.read(reads).write(!reads).open(path).unwrap()
+            };
+            let twins = Twins::new(Box::new(move |path| Ok(opened(path, source_reads))));
+            let known = twins.add_known(path.clone()).unwrap();
+            for block in 0..2 {
+                twins.learn(known, block, crc32c(&bytes[..BLOCK]));
+            }
+            let file = Arc::new(opened(&new, !target_writes));
+            let twin = twins.add(&file);
+            let mut wanted = [true; 2];
+            assert_eq!(twin.share(&file, 0, &bytes, &mut wanted), 0);
+            assert_eq!(wanted, [true; 2]);
+            let index = twins.index.lock();
+            assert!(matches!(index.files[known as usize], Source::Unusable));
+            assert_eq!(index.open, 1);
+        }
+    }
 }

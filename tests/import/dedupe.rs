@@ -3,7 +3,7 @@
 use std::fs::{self, File};
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
-use std::process::Output;
+use std::process::{Command, Output};
 
 use serde_json::Value;
 
@@ -221,6 +221,36 @@ fn dedupe_says_what_it_cannot_do() {
     let told = String::from_utf8_lossy(&output.stdout).into_owned();
     assert!(told.contains("1 file looked at"), "{told}");
     store.unmount();
+}
+
+#[test]
+fn what_can_only_be_read_is_a_source() {
+    let test = "what_can_only_be_read_is_a_source";
+    let Some(mut store) = store(test) else { return };
+    let (gold, mine) = (store.dir().join("sleep"), store.dir().join("mine"));
+    for path in [&gold, &mine] {
+        fs::copy("/bin/sleep", path).unwrap();
+        sync(path);
+    }
+    // Whoever may do everything cannot write to what is being executed, on most kernels.
+    let mut child = Command::new(&gold).arg("600").spawn().unwrap();
+    let busy = File::options().write(true).open(&gold).is_err();
+    let done = report(&[], &[&mine, &gold]);
+    child.kill().unwrap();
+    child.wait().unwrap();
+    assert!(number(&done, "shared") > 0, "{done}");
+    let (sources, others): (Vec<&Value>, Vec<&Value>) = (done["files"].as_array().unwrap())
+        .iter()
+        .partition(|file| file["source_only"] == true);
+    assert_eq!(sources.len(), usize::from(busy), "{done}");
+    for file in sources {
+        assert_eq!(file["file"], gold.to_str().unwrap());
+        assert_eq!(number(file, "shared"), 0);
+        assert!(number(others[0], "shared") > 0, "{done}");
+    }
+    assert!(fs::read(&gold).unwrap() == fs::read(&mine).unwrap());
+    store.unmount();
+    store.check();
 }
 
 #[test]

@@ -7,9 +7,11 @@
 
 use std::collections::{HashMap, HashSet};
 use std::fs::{self, File};
+use std::io;
 use std::os::fd::AsFd;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
+use std::rc::Rc;
 use std::time::{Duration, Instant};
 
 use clap::Args;
@@ -21,7 +23,7 @@ use nodupe::units::BLOCK_SIZE;
 use nodupe::vfs::UNNAMED_PREFIX;
 use serde_json::{Value, json};
 
-use super::blocks::{self, Seen};
+use super::blocks::{self, Seen, Tree};
 use super::failure::{Failure, Result};
 use super::mounts;
 use super::output::{self, Align, Output, Table, show};
@@ -41,7 +43,7 @@ const OPEN_MAX: usize = 64;
 
 const EXAMPLE: &str = "\
 The files may be in use: nothing that their users see changes. Of equal blocks those of the file
-that is named first stay. Blocks are found equal at any multiple of 4096 bytes in the files.
+that is named first stay; files that can only be read come before the others. Blocks are found equal at any multiple of 4096 bytes in the files.
 
 Exit codes:
   0  all that was named was looked at
@@ -75,11 +77,15 @@ pub(super) struct Dedupe {
 #[derive(Debug)]
 struct Item {
     path: PathBuf,
+    /// The mount that it is in.
+    tree: Rc<Tree>,
     /// Bytes that are allocated for it, to draw the bar.
     data: u64,
     compared: u64,
     shared: u64,
     failed: bool,
+    /// Why it cannot be written to: others share its blocks, and it stays as it is.
+    refused: Option<Error>,
 }
 
 pub(super) fn run(args: &Dedupe, output: Output) -> Result<()> {
@@ -97,7 +103,14 @@ pub(super) fn run(args: &Dedupe, output: Output) -> Result<()> {
         failures,
         bar,
     };
-    let done = work.run();
+    work.sources_first();
+    if let Err(error) = work.run() {
+        work.failures.push(
+            Failure::new("cannot go on").because(&error).hint(
+                "what was shared so far stays shared; the contents of all files are as before",
+            ),
+        );
+    }
     work.bar.finish_and_clear();
     let freed = match (before.flatten(), &dir) {
         (Some(before), Some(path)) => {
@@ -106,11 +119,6 @@ pub(super) fn run(args: &Dedupe, output: Output) -> Result<()> {
         _ => None,
     };
     report(args, &work, freed, begun.elapsed(), output);
-    done.map_err(|error| {
-        Failure::new("cannot go on")
-            .because(&error)
-            .hint("what was shared so far stays shared; the contents of all files are as before")
-    })?;
     work.failures.iter().for_each(output::failure);
     match work.failures.is_empty() {
         true => Ok(()),
@@ -121,18 +129,19 @@ pub(super) fn run(args: &Dedupe, output: Output) -> Result<()> {
 /// All files that were named, in that order and each once.
 fn find(args: &Dedupe, failures: &mut Vec<Failure>) -> Result<Vec<Item>> {
     let (mut items, mut known) = (Vec::new(), HashSet::new());
-    let mut device = None;
+    let (mut device, mut trees) = (None, HashMap::new());
     for named in &args.files {
         let failed = |error: &std::io::Error| {
             Failure::new(format!("cannot look at {}", show(named))).because(error)
         };
         let path = named.canonicalize().map_err(|error| failed(&error))?;
-        if !mounts::holding(&path)?.is_some_and(|mount| mount.is_ours()) {
+        let Some(mount) = mounts::holding(&path)?.filter(|mount| mount.is_ours()) else {
             return Err(
                 Failure::new(format!("{} is not in a mounted pool", show(named)))
                     .hint("mount the pool, and name files below the mount: nodupe mount POOL DIR"),
             );
-        }
+        };
+        let tree = tree(&mut trees, mount.dir)?;
         let metadata = fs::metadata(&path).map_err(|error| failed(&error))?;
         if *device.get_or_insert(metadata.dev()) != metadata.dev() {
             return Err(Failure::usage(format!(
@@ -143,7 +152,7 @@ fn find(args: &Dedupe, failures: &mut Vec<Failure>) -> Result<Vec<Item>> {
             .hint("blocks are shared within one pool: name files of one"));
         }
         if metadata.is_file() {
-            add(&mut items, &mut known, path, &metadata);
+            add(&mut items, &mut known, (path, &tree), &metadata);
             continue;
         }
         if !metadata.is_dir() {
@@ -155,23 +164,41 @@ fn find(args: &Dedupe, failures: &mut Vec<Failure>) -> Result<Vec<Item>> {
             failures.push(failure.because(error));
         });
         for (path, metadata) in found {
-            add(&mut items, &mut known, path, &metadata);
+            add(&mut items, &mut known, (path, &tree), &metadata);
         }
     }
     Ok(items)
 }
 
-fn add(items: &mut Vec<Item>, known: &mut HashSet<u64>, path: PathBuf, metadata: &fs::Metadata) {
+/// The tree below a mount, opened once.
+fn tree(trees: &mut HashMap<PathBuf, Rc<Tree>>, dir: PathBuf) -> Result<Rc<Tree>> {
+    if let Some(tree) = trees.get(&dir) {
+        return Ok(tree.clone());
+    }
+    let failed = |error: Error| Failure::new("cannot use the mount").because(&error);
+    let tree = Rc::new(Tree::new(&dir).map_err(failed)?);
+    trees.insert(dir, tree.clone());
+    Ok(tree)
+}
+
+fn add(
+    items: &mut Vec<Item>,
+    known: &mut HashSet<u64>,
+    (path, tree): (PathBuf, &Rc<Tree>),
+    metadata: &fs::Metadata,
+) {
     let hidden = path
         .file_name()
         .is_some_and(|name| name.to_string_lossy().starts_with(UNNAMED_PREFIX));
     if !hidden && known.insert(metadata.ino()) {
         items.push(Item {
             path,
+            tree: tree.clone(),
             data: metadata.blocks().saturating_mul(512),
             compared: 0,
             shared: 0,
             failed: false,
+            refused: None,
         });
     }
 }
@@ -213,6 +240,27 @@ struct Target {
 }
 
 impl Work {
+    /// Puts files that can only be read before the others, so that those share with them. If all
+    /// are such, nothing can be done with any.
+    fn sources_first(&mut self) {
+        for number in 0..self.items.len() as u32 {
+            self.opened(number);
+        }
+        self.open.clear();
+        self.items.sort_by_key(|item| item.refused.is_none());
+        if self
+            .items
+            .iter()
+            .all(|item| item.failed || item.refused.is_some())
+        {
+            for number in 0..self.items.len() {
+                if let Some(error) = self.items[number].refused.take() {
+                    self.fail(number as u32, &error);
+                }
+            }
+        }
+    }
+
     fn run(&mut self) -> nodupe::error::Result<()> {
         let mut from = 0;
         loop {
@@ -256,7 +304,7 @@ impl Work {
         let before = of_all(part.0.into()) * self.bar.length().unwrap_or(0) as f64;
         let mut done = 0.0;
         for number in 0..self.items.len() as u32 {
-            if self.opened(number).is_none() {
+            if self.opened(number).is_none() || self.items[number as usize].refused.is_some() {
                 continue;
             }
             // The file stays open whatever else is opened meanwhile.
@@ -319,28 +367,35 @@ impl Work {
             true => at.abs_diff(other.at),
             false => u64::MAX,
         };
-        let count = target.ahead.min(most);
+        let mut count = target.ahead.min(most);
         if count == 0 {
             return Ok(());
         }
-        let request = Request::ShareEqual(Compare {
-            source,
-            range: Share {
-                block: other.at,
-                dst_block: at,
-                count,
-            },
-            dry: self.dry,
-        });
-        let equal = match control::call(file.as_fd(), &request) {
-            Ok(Response::Equal(equal)) if is_sound(&equal, count) => equal,
-            Ok(_) => return Err(blocks::nonsense()),
-            // What is damaged is told once for each file, and the rest is looked at.
-            Err(error) if error.kind() == Kind::Corrupt => {
-                self.fail(target.number, &error);
-                return Ok(());
+        let equal = loop {
+            let request = Request::ShareEqual(Compare {
+                source,
+                range: Share {
+                    block: other.at,
+                    dst_block: at,
+                    count,
+                },
+                dry: self.dry,
+            });
+            match control::call(file.as_fd(), &request) {
+                Ok(Response::Equal(equal)) if is_sound(&equal, count) => break equal,
+                Ok(_) => return Err(blocks::nonsense()),
+                // What is damaged is told once for each file, and the rest is looked at: block by
+                // block, until some are equal again.
+                Err(error) if error.kind() == Kind::Corrupt => {
+                    self.fail(target.number, &error);
+                    target.ahead = 1;
+                    if count == 1 {
+                        return Ok(());
+                    }
+                    count = 1;
+                }
+                Err(error) => return Err(error),
             }
-            Err(error) => return Err(error),
         };
         let item = &mut self.items[target.number as usize];
         item.compared += equal.compared * B;
@@ -387,18 +442,22 @@ impl Work {
             self.open.clear();
         }
         if !self.open.contains_key(&number) {
-            let item = &self.items[number as usize];
+            let item = &mut self.items[number as usize];
             if item.failed {
                 return None;
             }
-            let opened = File::options().read(true).write(!self.dry).open(&item.path);
+            let write = !self.dry && item.refused.is_none();
+            let mut opened = item.tree.open(&item.path, write);
+            if write && opened.as_ref().is_err_and(is_only_to_read) {
+                item.refused = opened.err();
+                opened = item.tree.open(&item.path, false);
+            }
             match opened {
                 Ok(file) => {
                     let token = None;
                     self.open.insert(number, Open { file, token });
                 }
                 Err(error) => {
-                    let error = Error::io("cannot open it", error);
                     self.fail(number, &error);
                     return None;
                 }
@@ -431,6 +490,18 @@ impl Work {
     }
 }
 
+/// True if a file that could not be opened to write may be one to read.
+fn is_only_to_read(error: &Error) -> bool {
+    let cause = std::error::Error::source(error);
+    let cause = cause.and_then(|cause| cause.downcast_ref::<io::Error>());
+    let kind = cause.map(io::Error::kind);
+    error.kind() == Kind::Denied
+        || matches!(
+            kind,
+            Some(io::ErrorKind::ExecutableFileBusy | io::ErrorKind::ReadOnlyFilesystem)
+        )
+}
+
 fn is_sound(equal: &Equal, count: u64) -> bool {
     let within = |range: &(u64, u64)| range.0.checked_add(range.1).is_some_and(|end| end <= count);
     equal.ranges.iter().all(within) && equal.compared <= EQUAL_BLOCKS_MAX * 64
@@ -446,6 +517,7 @@ fn report(args: &Dedupe, work: &Work, freed: Option<u64>, took: Duration, output
                 "file": show(&item.path),
                 "compared": item.compared,
                 "shared": item.shared,
+                "source_only": item.refused.is_some(),
             })
         };
         let files: Vec<Value> = work.items.iter().map(file).collect();
@@ -460,6 +532,14 @@ fn report(args: &Dedupe, work: &Work, freed: Option<u64>, took: Duration, output
             "seconds": took.as_secs_f64(),
         }));
         return;
+    }
+    let sources = work.items.iter().filter(|item| item.refused.is_some());
+    match sources.count() {
+        0 => {}
+        1 => output.note("1 file can only be read: it stays, and others share its blocks"),
+        count => output.note(&format!(
+            "{count} files can only be read: they stay, and others share their blocks"
+        )),
     }
     let right = Align::Right;
     let mut table = Table::new(&[

@@ -8,6 +8,7 @@
 
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::time::Instant;
 
 use clap::Args;
@@ -15,6 +16,7 @@ use nodupe::formats::Format;
 use nodupe::transfer::{Image, Library, Twins, destinations};
 
 use super::access;
+use super::blocks::Tree;
 use super::failure::{Failure, Result};
 use super::mounts;
 use super::output::{self, Output, show};
@@ -136,10 +138,13 @@ pub(super) fn run(args: &Import, output: Output) -> Result<()> {
 
 /// Where to look for equal blocks: in all of the pool that holds `dir`.
 fn twins(dir: &Path, output: Output) -> Result<Twins<'_>> {
-    let twins = Twins::new(Box::new(|path| known::clone(dir, path)));
-    if let Some(mount) = mounts::holding(dir)? {
-        known::learn(&mount.dir, &twins, output);
-    }
+    let failed =
+        |error| Failure::new(format!("cannot look at the pool of {}", show(dir))).because(&error);
+    let root = mounts::holding(dir)?.map_or_else(|| dir.to_path_buf(), |mount| mount.dir);
+    let tree = Arc::new(Tree::new(&root).map_err(failed)?);
+    let opens = tree.clone();
+    let twins = Twins::new(Box::new(move |path| known::clone(dir, &opens, path)));
+    known::learn(&root, &tree, &twins, output);
     Ok(twins)
 }
 
