@@ -8,7 +8,7 @@
 use std::sync::Arc;
 
 use nodupe::device::SimDevice;
-use nodupe::engine::{CreateOptions, FileKind, NewNode, OpenOptions, Pool};
+use nodupe::engine::{CreateOptions, NewNode, OpenOptions, Pool};
 use nodupe::error::Result;
 use nodupe::units::{Ino, Time};
 
@@ -28,14 +28,7 @@ fn main() -> Result<()> {
     Pool::create(device.clone(), None, &options)?;
 
     let pool = Pool::open(device.clone(), None, &OpenOptions::default())?;
-    let node = NewNode {
-        kind: FileKind::Regular,
-        mode: 0o644,
-        uid: 0,
-        gid: 0,
-        rdev: 0,
-        target: b"",
-    };
+    let node = NewNode::regular(0o644);
     let gold = pool.create_node(Ino::ROOT, b"gold.raw", &node, time)?.ino;
     for i in 0..16 {
         pool.write(gold, i * MIB, &vec![i as u8 + 1; MIB as usize], time)?;

@@ -15,7 +15,7 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use nodupe::device::{BlockDevice, FileDevice};
-use nodupe::engine::{CreateOptions, FileKind, NewNode, OpenOptions, Pool};
+use nodupe::engine::{CreateOptions, NewNode, OpenOptions, Pool};
 use nodupe::error::{Error, Kind, Result};
 use nodupe::units::{BLOCK_SIZE, Ino, Time};
 
@@ -83,14 +83,7 @@ fn main() -> Result<()> {
     Pool::create(device.clone(), None, &options)?;
     let pool = Pool::open(device, None, &OpenOptions::default())?;
     pool.start()?;
-    let node = NewNode {
-        kind: FileKind::Regular,
-        mode: 0o600,
-        uid: 0,
-        gid: 0,
-        rdev: 0,
-        target: b"",
-    };
+    let node = NewNode::regular(0o600);
     let ino = pool.create_node(Ino::ROOT, b"fragmented", &node, now)?.ino;
     let mut block = [0; BLOCK_SIZE];
     block[..MARK.len()].copy_from_slice(&MARK);

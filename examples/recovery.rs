@@ -17,7 +17,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use nodupe::device::{BlockDevice, FileDevice, OpenMode, SplitMix64};
-use nodupe::engine::{CreateOptions, FileKind, NewNode, OpenOptions, Pool, RenameMode};
+use nodupe::engine::{CreateOptions, NewNode, OpenOptions, Pool, RenameMode};
 use nodupe::error::{Error, Kind, Result};
 use nodupe::units::{Ino, Time};
 
@@ -75,14 +75,7 @@ impl BlockDevice for Held {
 }
 
 fn file_node() -> NewNode<'static> {
-    NewNode {
-        kind: FileKind::Regular,
-        mode: 0o644,
-        uid: 0,
-        gid: 0,
-        rdev: 0,
-        target: b"",
-    }
+    NewNode::regular(0o644)
 }
 
 /// Makes a pool, puts files in it, and fills its ring.

@@ -180,14 +180,7 @@ fn a_closed_pool_loses_nothing_in_a_crash() {
 
 /// A file that the tests of sharing use.
 fn new_file(pool: &Pool, name: &str) -> Ino {
-    let node = NewNode {
-        kind: FileKind::Regular,
-        mode: 0o600,
-        uid: 0,
-        gid: 0,
-        rdev: 0,
-        target: b"",
-    };
+    let node = NewNode::regular(0o600);
     let made = pool.create_node(Ino::ROOT, name.as_bytes(), &node, Time::default());
     made.expect("there is room").ino
 }

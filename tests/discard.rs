@@ -11,20 +11,13 @@ use common::generate::random_bytes;
 use common::history::open;
 
 use nodupe::device::{BlockDevice, FileDevice, OpenMode, SimDevice, SplitMix64};
-use nodupe::engine::{CreateOptions, FileKind, NewNode, OpenOptions, Pool};
+use nodupe::engine::{CreateOptions, NewNode, OpenOptions, Pool};
 use nodupe::units::{Ino, Time};
 
 const B: u64 = 4096;
 
 fn create(pool: &Pool, name: &str) -> Ino {
-    let node = NewNode {
-        kind: FileKind::Regular,
-        mode: 0o600,
-        uid: 0,
-        gid: 0,
-        rdev: 0,
-        target: b"",
-    };
+    let node = NewNode::regular(0o600);
     let made = pool.create_node(Ino::ROOT, name.as_bytes(), &node, Time::default());
     made.expect("there is room").ino
 }

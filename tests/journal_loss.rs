@@ -11,7 +11,7 @@ use common::generate::random_bytes;
 use common::history::open;
 
 use nodupe::device::{BlockDevice, SimDevice, SplitMix64};
-use nodupe::engine::{FileKind, NewNode, OpenOptions, Pool};
+use nodupe::engine::{NewNode, OpenOptions, Pool};
 use nodupe::error::Kind;
 use nodupe::ondisk::journal::{BATCH_MAGIC, BatchHeader};
 use nodupe::ondisk::superblock::HEAD_BLOCKS;
@@ -22,14 +22,7 @@ const BATCHES: u64 = 6;
 const BLOCK: u64 = 4096;
 
 fn create(pool: &Pool, name: &str) -> Ino {
-    let node = NewNode {
-        kind: FileKind::Regular,
-        mode: 0o600,
-        uid: 0,
-        gid: 0,
-        rdev: 0,
-        target: b"",
-    };
+    let node = NewNode::regular(0o600);
     let made = pool.create_node(Ino::ROOT, name.as_bytes(), &node, Time::default());
     made.expect("there is room").ino
 }

@@ -13,7 +13,7 @@ use common::crash::{TINY, Verdict, assert_none, for_each_seed, new_pool, seeds};
 use common::history::open;
 
 use nodupe::device::{BlockDevice, SimDevice, SplitMix64};
-use nodupe::engine::{FileKind, NewNode, Pool};
+use nodupe::engine::{NewNode, Pool};
 use nodupe::ondisk::crc32c;
 use nodupe::ondisk::journal::{BATCH_RECORDS, BatchHeader};
 use nodupe::ondisk::record::Record;
@@ -53,14 +53,7 @@ fn stamped(stamp: u32, sectors: usize) -> Vec<u8> {
 }
 
 fn make(pool: &Pool, name: &str) -> Ino {
-    let node = NewNode {
-        kind: FileKind::Regular,
-        mode: 0o600,
-        uid: 0,
-        gid: 0,
-        rdev: 0,
-        target: b"",
-    };
+    let node = NewNode::regular(0o600);
     let made = pool.create_node(Ino::ROOT, name.as_bytes(), &node, Time::default());
     made.expect("there is room").ino
 }

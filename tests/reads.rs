@@ -17,7 +17,7 @@ use common::history::create_options;
 use nodupe::device::{
     BlockDevice, Fault, FaultOp, FileDevice, OpenMode, ReadQueue, Repeat, SimDevice, SplitMix64,
 };
-use nodupe::engine::{FileKind, NewNode, OpenOptions, Pool, Stream};
+use nodupe::engine::{NewNode, OpenOptions, Pool, Stream};
 use nodupe::error::{Error, Kind};
 use nodupe::units::{Ino, Time};
 
@@ -147,14 +147,7 @@ fn open(device: Arc<dyn BlockDevice>, cache_size: usize) -> Arc<Pool> {
 }
 
 fn create(pool: &Pool, name: &str) -> Ino {
-    let node = NewNode {
-        kind: FileKind::Regular,
-        mode: 0o600,
-        uid: 0,
-        gid: 0,
-        rdev: 0,
-        target: b"",
-    };
+    let node = NewNode::regular(0o600);
     let made = pool.create_node(Ino::ROOT, name.as_bytes(), &node, Time::default());
     made.expect("there is room").ino
 }

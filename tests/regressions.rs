@@ -12,20 +12,13 @@ use common::crash::{Geometry, TINY, check, new_pool};
 use common::history::open;
 
 use nodupe::device::{BlockDevice, Fault, FaultOp, Repeat, SimDevice};
-use nodupe::engine::{FileKind, NewNode, OpenOptions, Pool, XattrMode};
+use nodupe::engine::{NewNode, OpenOptions, Pool, XattrMode};
 use nodupe::error::Kind;
 use nodupe::ondisk::superblock::HEAD_BLOCKS;
 use nodupe::units::{Ino, Time};
 
 fn create(pool: &Pool, name: &str) -> Ino {
-    let node = NewNode {
-        kind: FileKind::Regular,
-        mode: 0o600,
-        uid: 0,
-        gid: 0,
-        rdev: 0,
-        target: b"",
-    };
+    let node = NewNode::regular(0o600);
     let made = pool.create_node(Ino::ROOT, name.as_bytes(), &node, Time::default());
     made.expect("there is room").ino
 }

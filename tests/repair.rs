@@ -27,14 +27,7 @@ use nodupe::units::{Ino, Time};
 
 const B: u64 = 4096;
 /// A new file.
-const NODE: NewNode<'static> = NewNode {
-    kind: FileKind::Regular,
-    mode: 0o600,
-    uid: 0,
-    gid: 0,
-    rdev: 0,
-    target: b"",
-};
+const NODE: NewNode<'static> = NewNode::regular(0o600);
 
 /// `many` cases, or `few` for a quick look.
 fn depth(few: u64, many: u64) -> u64 {

@@ -11,9 +11,7 @@ use common::history::open;
 use common::image::{self, page, put};
 
 use nodupe::device::{BlockDevice, SimDevice};
-use nodupe::engine::{
-    Action, CheckOptions, FileKind, Finding, NewNode, OpenOptions, Pool, XattrMode,
-};
+use nodupe::engine::{Action, CheckOptions, Finding, NewNode, OpenOptions, Pool, XattrMode};
 use nodupe::error::Kind;
 use nodupe::ondisk::node::NODE_MAGIC;
 use nodupe::ondisk::superblock::{FLAG_CLEAN, FLAG_REPAIRED, SLOTS, Superblock};
@@ -21,14 +19,7 @@ use nodupe::units::{Ino, Time};
 
 const B: u64 = 4096;
 /// A new file.
-const NODE: NewNode<'static> = NewNode {
-    kind: FileKind::Regular,
-    mode: 0o600,
-    uid: 0,
-    gid: 0,
-    rdev: 0,
-    target: b"",
-};
+const NODE: NewNode<'static> = NewNode::regular(0o600);
 
 fn findings(device: &SimDevice) -> Vec<Finding> {
     let found = Pool::check(device, None, &mut |_, _| {});

@@ -19,7 +19,7 @@ use common::generate::random_bytes;
 use common::history::{create_options, open};
 
 use nodupe::device::{BlockDevice, FileDevice, OpenMode, SimDevice, SplitMix64};
-use nodupe::engine::{FileKind, NewNode, OpenOptions, Pool};
+use nodupe::engine::{NewNode, OpenOptions, Pool};
 use nodupe::error::Kind;
 use nodupe::units::{Ino, Time};
 
@@ -59,14 +59,7 @@ struct Stress {
 type Files = BTreeMap<String, (Ino, Vec<u8>)>;
 
 fn create(pool: &Pool, name: &str) -> nodupe::error::Result<Ino> {
-    let node = NewNode {
-        kind: FileKind::Regular,
-        mode: 0o600,
-        uid: 0,
-        gid: 0,
-        rdev: 0,
-        target: b"",
-    };
+    let node = NewNode::regular(0o600);
     Ok(pool
         .create_node(Ino::ROOT, name.as_bytes(), &node, now())?
         .ino)

@@ -88,14 +88,7 @@ fn look(pool: &Pool, ino: Ino) {
 /// Changes and removes things.
 pub fn disturb(pool: &Pool, found: &[Name], rng: &mut SplitMix64) {
     let now = Time::default();
-    let node = NewNode {
-        kind: FileKind::Regular,
-        mode: 0o600,
-        uid: 0,
-        gid: 0,
-        rdev: 0,
-        target: b"",
-    };
+    let node = NewNode::regular(0o600);
     let new = pool.create_node(Ino::ROOT, b"hostile new", &node, now);
     let new = new.map_or(Ino(2), |attr| attr.ino);
     let data: Vec<u8> = (0..200_000_u32).map(|i| (i % 251) as u8 + 1).collect();

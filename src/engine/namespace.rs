@@ -540,7 +540,7 @@ mod tests {
     use std::sync::Arc;
 
     use crate::device::SimDevice;
-    use crate::engine::{CreateOptions, FileKind, NewNode, OpenOptions, Pool};
+    use crate::engine::{CreateOptions, NewNode, OpenOptions, Pool};
     use crate::units::{Ino, Time};
 
     #[test]
@@ -556,14 +556,7 @@ mod tests {
         };
         Pool::create(device.clone(), None, &options).expect("there is room");
         let pool = Pool::open(device, None, &OpenOptions::default()).expect("a new pool opens");
-        let node = NewNode {
-            kind: FileKind::Regular,
-            mode: 0o600,
-            uid: 0,
-            gid: 0,
-            rdev: 0,
-            target: b"",
-        };
+        let node = NewNode::regular(0o600);
         let create = |name| pool.create_node(Ino::ROOT, name, &node, Time::default());
         let made = create(b"a").expect("there is room");
         assert!(pool.meta.read().numbers_known);

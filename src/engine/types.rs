@@ -94,6 +94,20 @@ pub struct NewNode<'a> {
     pub target: &'a [u8],
 }
 
+impl NewNode<'_> {
+    /// A file of root's.
+    pub const fn regular(mode: u32) -> Self {
+        Self {
+            kind: FileKind::Regular,
+            mode,
+            uid: 0,
+            gid: 0,
+            rdev: 0,
+            target: b"",
+        }
+    }
+}
+
 /// One entry of a directory.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct DirEntry {

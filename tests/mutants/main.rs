@@ -16,7 +16,7 @@ use common::crash::check;
 use common::history::open;
 
 use nodupe::device::SimDevice;
-use nodupe::engine::{FileKind, NewNode, Pool};
+use nodupe::engine::{NewNode, Pool};
 use nodupe::units::{Ino, Time};
 
 use std::sync::Arc;
@@ -24,14 +24,7 @@ use std::sync::Arc;
 use device::B;
 
 fn create(pool: &Pool, name: &str) -> Ino {
-    let node = NewNode {
-        kind: FileKind::Regular,
-        mode: 0o600,
-        uid: 0,
-        gid: 0,
-        rdev: 0,
-        target: b"",
-    };
+    let node = NewNode::regular(0o600);
     let made = pool.create_node(Ino::ROOT, name.as_bytes(), &node, Time::default());
     made.expect("there is room").ino
 }

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use crate::device::{Fault, FaultOp, Repeat, SimDevice};
-use crate::engine::{CreateOptions, FileKind, NewNode, OpenOptions, Pool};
+use crate::engine::{CreateOptions, NewNode, OpenOptions, Pool};
 use crate::error::{Error, Kind};
 use crate::ondisk::record::Record;
 use crate::sync::atomic::{AtomicBool, Ordering};
@@ -42,14 +42,7 @@ fn refused() -> Error {
 
 /// Changes the trees, so that a checkpoint has nodes to write.
 fn create(pool: &Pool, name: &str) -> Ino {
-    let node = NewNode {
-        kind: FileKind::Regular,
-        mode: 0o600,
-        uid: 0,
-        gid: 0,
-        rdev: 0,
-        target: b"",
-    };
+    let node = NewNode::regular(0o600);
     let made = pool.create_node(Ino::ROOT, name.as_bytes(), &node, Time::default());
     made.expect("there is room").ino
 }

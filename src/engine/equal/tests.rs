@@ -4,7 +4,7 @@ use std::sync::{Arc, OnceLock, Weak};
 
 use super::*;
 use crate::device::{BlockDevice, SimDevice};
-use crate::engine::{CreateOptions, FileKind, NewNode, OpenOptions};
+use crate::engine::{CreateOptions, NewNode, OpenOptions};
 use crate::ondisk::crc32c;
 use crate::sync::atomic::{AtomicU64, Ordering};
 use crate::units::Time;
@@ -32,14 +32,7 @@ fn new_pool() -> (Arc<SimDevice>, Arc<Pool>) {
 }
 
 fn file(pool: &Pool, name: &str) -> Ino {
-    let node = NewNode {
-        kind: FileKind::Regular,
-        mode: 0o600,
-        uid: 0,
-        gid: 0,
-        rdev: 0,
-        target: b"",
-    };
+    let node = NewNode::regular(0o600);
     let made = pool.create_node(Ino::ROOT, name.as_bytes(), &node, Time::default());
     made.expect("there is room").ino
 }

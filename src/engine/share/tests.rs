@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use super::*;
 use crate::device::SimDevice;
-use crate::engine::{CreateOptions, FileKind, NewNode, OpenOptions};
+use crate::engine::{CreateOptions, NewNode, OpenOptions};
 
 const MIB: u64 = 1024 * 1024;
 
@@ -75,14 +75,7 @@ fn new_pool(size: u64) -> (Arc<SimDevice>, Arc<Pool>) {
 
 /// A file of `blocks` blocks, all of them a hole.
 fn file(pool: &Pool, name: &str, blocks: u64) -> Ino {
-    let node = NewNode {
-        kind: FileKind::Regular,
-        mode: 0o600,
-        uid: 0,
-        gid: 0,
-        rdev: 0,
-        target: b"",
-    };
+    let node = NewNode::regular(0o600);
     let made = pool.create_node(Ino::ROOT, name.as_bytes(), &node, Time::default());
     let ino = made.expect("there is room").ino;
     let grown = pool.truncate(ino, blocks * B, Time::default());
