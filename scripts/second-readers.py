@@ -78,15 +78,19 @@ def by_qemu(path, _parent):
         return seeking(file)
 
 
-def by_vhdi(path, parent):
-    import pyvhdi
-    files = [pyvhdi.file()]
+def by_libyal(library, path, parent):
+    files = [library.file()]
     files[0].open(path)
     if parent:
-        files.append(pyvhdi.file())
+        files.append(library.file())
         files[1].open(parent)
         files[0].set_parent(files[1])
     return digest(lambda at, length: files[0].read_buffer_at_offset(length, at))
+
+
+def by_vhdi(path, parent):
+    import pyvhdi
+    return by_libyal(pyvhdi, path, parent)
 
 
 def by_vmdk(path, parent):
@@ -105,13 +109,7 @@ def by_vmdk(path, parent):
 
 def by_qcow(path, parent):
     import pyqcow
-    files = [pyqcow.file()]
-    files[0].open(path)
-    if parent:
-        files.append(pyqcow.file())
-        files[1].open(parent)
-        files[0].set_parent(files[1])
-    return digest(lambda at, length: files[0].read_buffer_at_offset(length, at))
+    return by_libyal(pyqcow, path, parent)
 
 
 def by_dissect(path, parent):

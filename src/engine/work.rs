@@ -5,8 +5,7 @@
 //! the bytes of the ring, work is bounded by shares: at half a checkpoint begins, at three quarters
 //! commits wait for it, and an eighth may wait for a commit. Unlike these bounds of the ring, which
 //! must hold, those of work give way: to one operation that is more than that, to the batch of a
-//! checkpoint, and while the host has no space for
-//! one, or had none a while ago.
+//! checkpoint, and while the host has no space for one, or had none a while ago.
 //!
 //! The estimate follows from records and trees alone, never from a clock: the simulation relies on
 //! checkpoints at the same moments.
